@@ -1,0 +1,47 @@
+"""The structs that travel between the floors: batches going down into a step, losses coming back up.
+
+All are NamedTuples, so they are JAX pytrees without this file (or a data worker that imports it) loading JAX.
+
+Shapes: B batch, T sequence length.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy on the host, jax on the device
+
+
+class LMBatch(NamedTuple):
+    """Packed rows for next-token training. Several documents may share a row; none sees another.
+
+    Attributes:
+      tokens: [B, T] int32, what the model reads.
+      targets: [B, T] int32, the token that follows each position (any valid id where loss_mask is 0).
+      loss_mask: [B, T] float32, weight of each target in the loss; 0 where there is no target to learn.
+      segment_ids: [B, T] int32, 1, 2, ... number the documents of a row; 0 marks padding.
+      positions: [B, T] int32, position inside the document, from 0 (0 in padding).
+    """
+
+    tokens: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+
+
+class Loss(NamedTuple):
+    """What an objective hands to the train step: sums, so that adding microbatches is exact.
+
+    Attributes:
+      total: scalar float32, the sum of the loss over everything it counts (tokens, pairs).
+      weight: scalar float32, how much it counted. The step optimises sum(total) / sum(weight).
+      metrics: name -> scalar float32 sum, under the same weight: reported as sum / sum(weight).
+    """
+
+    total: Array
+    weight: Array
+    metrics: dict[str, Array]
+
+    @classmethod
+    def from_mean(cls, mean: Array, weight: Array, metrics: dict[str, Array]) -> "Loss":
+        """Wraps what `objectives.*.loss` returns: a mean, and metrics that are means under the same weight."""
+        return cls(mean * weight, weight, {name: value * weight for name, value in metrics.items()})

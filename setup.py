@@ -1,0 +1,42 @@
+"""Packaging: what the library needs, and what its tests, accelerators and peers add."""
+
+from setuptools import find_packages, setup
+
+# Every lower bound is a version the whole test suite was run with. jax and flax are also bounded above: flax.linen
+# follows jax's internals, and a minor release of jax has broken flax before.
+REQUIRED = [
+    "jax>=0.10.2,<0.11",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "tensorflow-datasets>=4.9.10",
+    "array_record>=0.8.6",
+    "importlib_resources>=7.1",  # tensorflow-datasets needs it for builders found by name, and does not ask for it
+    "sentencepiece>=0.2.2",
+    "tokenizers>=0.23",
+    "tiktoken>=0.14",
+    "regex>=2026.1",
+    "safetensors>=0.8",
+    "numpy>=2.4",
+    "tyro>=1.0.17",
+    "tqdm>=4.70",
+    "tensorboardX>=2.6.5",
+    "matplotlib>=3.11",
+]
+TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17"]
+
+setup(
+    name="qwen_jax",
+    version="0.1.0",
+    description="Train and align Qwen models with JAX on TPU and GPU pods",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qwen_jax", "qwen_jax.*", "experiments", "launch"]),
+    install_requires=REQUIRED,
+    extras_require={
+        "test": TEST,
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
+    },
+)
