@@ -1,0 +1,85 @@
+"""Writing a byte-level vocabulary as `tokenizer.json` and `tokenizer_config.json`."""
+
+import json
+import os
+import pathlib
+
+from qwen_jax.tokenizer import merges, splitting
+from qwen_jax.tokenizer.alphabet import to_text
+
+_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def write(tokenizer, folder: str | os.PathLike) -> None:
+    """Writes both files of a `ByteBPE` tokenizer; see `ByteBPE.save`."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "tokenizer_config.json", json.dumps(config(tokenizer), ensure_ascii=False, indent=2))
+    write_whole(folder / "tokenizer.json", json.dumps(_document(tokenizer), ensure_ascii=False))
+
+
+def config(tokenizer, tokenizer_class: str = "Qwen2Tokenizer") -> dict:
+    """The `tokenizer_config.json` of a tokenizer: its control tokens, and which of them end and pad a text."""
+    names = tokenizer.special_tokens
+    end_of_text = "<|endoftext|>" if "<|endoftext|>" in names else None
+    return {
+        "tokenizer_class": tokenizer_class,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in _added_tokens(tokenizer)},
+        "bos_token": None,
+        "eos_token": "<|im_end|>" if "<|im_end|>" in names else end_of_text,
+        "pad_token": end_of_text,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+    }
+
+
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _document(tokenizer) -> dict:
+    vocabulary = {to_text(token): i for token, i in sorted(tokenizer.vocabulary.items(), key=lambda item: item[1])}
+    if list(tokenizer.special_tokens.values()) != list(range(len(vocabulary), tokenizer.vocab_size)):
+        # Readers number control tokens behind the vocabulary unless they stand in it; these stand elsewhere.
+        vocabulary |= tokenizer.special_tokens
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokenizer),
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": splitting.to_json(tokenizer.pattern),
+        "post_processor": _LEVEL,
+        "decoder": _LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [[to_text(left), to_text(right)] for left, right in merges.find(tokenizer.order)],
+        },
+    }
+
+
+def _added_tokens(tokenizer) -> list[dict]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": index, "content": name, **plain, "special": name not in tokenizer.shown}
+        for name, index in tokenizer.special_tokens.items()
+    ]
