@@ -6,7 +6,7 @@ first named.
 
 import importlib
 
-_PARTS = ("batches", "config", "data", "hf", "models", "objectives", "ops", "rollout", "sharding", "tokenizer", "training")
+_PARTS = ("batches", "config", "data", "models", "ops", "sharding", "tokenizer")
 
 
 def __getattr__(name):

@@ -1,0 +1,159 @@
+"""The shape of every published Qwen, as plain data: `QwenConfig` and the registry of names.
+
+Field names are those of the published config.json files. Sizes: docs of the Qwen2, Qwen2.5 and Qwen3 reports
+(arXiv:2407.10671 table 1, 2412.15115 table 1, 2505.09388 table 1) and the config.json files of the base models.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from qwen_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+REMAT = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """One decoder: its shape, the variations between Qwen generations, and how it is computed.
+
+    Raises:
+      InputError: on a value that no model can have; the message names the field.
+    """
+
+    vocab_size: int = 151_936  # rows of the embedding, padding rows included: not the tokenizer's length
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    max_position_embeddings: int = 32_768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = True  # Qwen, Qwen1.5, Qwen2, Qwen2.5; Qwen3 has none
+    qk_norm: bool = False  # Qwen3: RMSNorm over head_dim on q and k, before RoPE
+    initializer_range: float = 0.02
+
+    # How it is computed. None of these changes what the model is.
+    dtype: str = "bfloat16"  # activations and matrix products
+    param_dtype: str = "float32"  # parameters as stored
+    remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, everything
+    scan_layers: bool = True  # one compiled layer run num_hidden_layers times; False unrolls
+    attention: str = "auto"  # back end of ops.attention
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"QwenConfig.{name} is {value!r}; expected a whole number of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"QwenConfig.num_attention_heads is {self.num_attention_heads}, not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}; every kv head serves a whole group of q heads"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"QwenConfig.head_dim is {self.head_dim}; RoPE rotates pairs, expected an even number")
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"QwenConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+
+    def replace(self, **fields) -> "QwenConfig":
+        """Returns a copy with these fields changed.
+
+        Raises:
+          InputError: on a name that is no field; the message lists the nearest ones.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in fields:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3) or names
+                raise InputError(f"QwenConfig has no field {name!r}; nearest: {', '.join(near)}")
+        return dataclasses.replace(self, **fields)
+
+    def param_counts(self) -> dict[str, int]:
+        """Counts parameters from the shapes.
+
+        Returns:
+          "total"; "non_embedding" (without the embedding and an untied head, as the reports count); "active" and
+          "active_non_embedding" (what one token passes through: the same for a dense model).
+        """
+        D, H = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
+        attention = D * q + 2 * D * kv + q * D
+        attention += (q + 2 * kv) * self.qkv_bias + 2 * H * self.qk_norm
+        layer = attention + 3 * D * self.intermediate_size + 2 * D
+        non_embedding = self.num_hidden_layers * layer + D
+        total = non_embedding + self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        return {
+            "total": total,
+            "non_embedding": non_embedding,
+            "active": total,
+            "active_non_embedding": non_embedding,
+        }
+
+
+def _qwen2(hidden, layers, heads, kv_heads, intermediate, *, tied=False, vocab=151_936, **fields):
+    """A Qwen2 or Qwen2.5 shape: bias on q, k, v; head_dim = hidden / heads."""
+    return QwenConfig(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=intermediate,
+        tie_word_embeddings=tied, **fields,
+    )  # fmt: skip
+
+
+def _qwen3(hidden, layers, heads, intermediate, *, tied=False):
+    """A Qwen3 shape: QK-norm, no bias, 8 kv heads of 128 whatever the hidden size."""
+    return QwenConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+        intermediate_size=intermediate, tie_word_embeddings=tied, qkv_bias=False, qk_norm=True,
+        max_position_embeddings=40_960,
+    )  # fmt: skip
+
+
+def _registry() -> dict[str, QwenConfig]:
+    """The base models. Instruct variants share the shape; rms_norm_eps and context are read from their config.json."""
+    long, wide = dict(max_position_embeddings=131_072), dict(vocab=152_064)
+    loose = dict(rms_norm_eps=1e-5)  # what the large Qwen2.5 base models were trained with
+    return {
+        "qwen2-0.5b": _qwen2(896, 24, 14, 2, 4864, tied=True, **long),
+        "qwen2-1.5b": _qwen2(1536, 28, 12, 2, 8960, tied=True, **long),
+        "qwen2-7b": _qwen2(3584, 28, 28, 4, 18944, **wide, **long),
+        "qwen2-72b": _qwen2(8192, 80, 64, 8, 29568, **wide, **long, **loose),
+        "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, tied=True),
+        "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, tied=True, **long),
+        "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11008, tied=True),
+        "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18944, **wide, **long),
+        "qwen2.5-14b": _qwen2(5120, 48, 40, 8, 13824, **wide, **long, **loose),
+        "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, **wide, **long, **loose),
+        "qwen2.5-72b": _qwen2(8192, 80, 64, 8, 29568, **wide, **long, **loose),
+        "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+        "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+        "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+        "qwen3-8b": _qwen3(4096, 36, 32, 12288),
+        "qwen3-14b": _qwen3(5120, 40, 40, 17408),
+        "qwen3-32b": _qwen3(5120, 64, 64, 25600),
+    }
+
+
+_CONFIGS = _registry()
+
+
+def names() -> list[str]:
+    """Returns the published names that `get` knows."""
+    return list(_CONFIGS)
+
+
+def get(name: str) -> QwenConfig:
+    """Returns the config of a published model.
+
+    Raises:
+      InputError: on an unknown name; the message lists the nearest ones.
+    """
+    if name not in _CONFIGS:
+        near = difflib.get_close_matches(name.lower(), _CONFIGS, n=3) or list(_CONFIGS)
+        raise InputError(f"no Qwen is called {name!r}; nearest: {', '.join(near)} (config.names() lists all)")
+    return _CONFIGS[name]

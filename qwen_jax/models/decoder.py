@@ -1,0 +1,197 @@
+"""The Qwen decoder: pre-norm blocks of grouped-query attention and a gated MLP, stacked and scanned.
+
+Shapes: B batch, T length, S cache slots, L layers, D model width, N query heads, K kv heads, H head dim, F MLP width,
+V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.models.layers import Linear, RMSNorm, declare
+from qwen_jax.ops import rope
+from qwen_jax.ops.attention import attention
+from qwen_jax.sharding import Layout, constrain
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products, recompute the rest
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of what has been read so far; unwritten slots have segment id 0.
+
+    Attributes:
+      k, v: [L, B, S, K, H] in config.dtype.
+      positions: [B, S] int32 position of the token in each slot.
+      segment_ids: [B, S] int32, 0 where the slot is empty or padding.
+      index: scalar int32, the slot the next token goes to (the same for all rows).
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    index: jax.Array
+
+
+class Where(NamedTuple):
+    """What attention needs to know of queries and keys; shared by all layers."""
+
+    cos: jax.Array
+    sin: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    kv_positions_BS: jax.Array
+    kv_segment_ids_BS: jax.Array
+    index: jax.Array | None  # the cache slot to write to; None without a cache
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; bias on q, k, v (Qwen2) and QK-norm (Qwen3) as the config says."""
+
+    config: QwenConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, where: Where, cache: tuple[jax.Array, jax.Array] | None):
+        c, layout = self.config, self.layout
+        D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        bias = 2 if c.qkv_bias else 0
+        q_BTNH = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")(x_BTD)
+        k_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")(x_BTD)
+        v_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")(x_BTD)
+        if c.qk_norm:
+            q_BTNH = RMSNorm(H, c, name="q_norm")(q_BTNH)
+            k_BTKH = RMSNorm(H, c, name="k_norm")(k_BTKH)
+        q_BTNH = constrain(rope.rotate(q_BTNH, where.cos, where.sin), ("batch", "length", "heads", "head_dim"), layout)
+        kv_axes = ("batch", None, "kv_heads", "head_dim")  # each query needs every key: the length is not split
+        k_BSKH = constrain(rope.rotate(k_BTKH, where.cos, where.sin), kv_axes, layout)
+        v_BSKH = constrain(v_BTKH, kv_axes, layout)
+        if cache is not None:
+            k_BSKH, v_BSKH = _write(cache[0], k_BSKH, where.index), _write(cache[1], v_BSKH, where.index)
+            cache = (k_BSKH, v_BSKH)
+        out_BTNH, _ = attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_positions_BT=where.positions_BT,
+            kv_positions_BS=where.kv_positions_BS,
+            q_segment_ids_BT=where.segment_ids_BT,
+            kv_segment_ids_BS=where.kv_segment_ids_BS,
+            backend=c.attention,
+        )
+        out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
+        return Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")(out_BTNH), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
+
+    config: QwenConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c, D, F = self.config, self.config.hidden_size, self.config.intermediate_size
+        gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD)
+        up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD)
+        h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"), self.layout)
+        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF)
+
+
+class Block(nn.Module):
+    """One layer: h += attention(norm(h)); h += mlp(norm(h))."""
+
+    config: QwenConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, h_BTD: jax.Array, cache, where: Where):
+        c, axes = self.config, ("batch", "length", "act_embed")
+        normed_BTD = RMSNorm(c.hidden_size, c, name="attention_norm")(h_BTD)
+        out_BTD, cache = Attention(c, self.layout, name="attention")(normed_BTD, where, cache)
+        h_BTD = constrain(h_BTD + out_BTD, axes, self.layout)
+        normed_BTD = RMSNorm(c.hidden_size, c, name="mlp_norm")(h_BTD)
+        h_BTD = constrain(h_BTD + MLP(c, self.layout, name="mlp")(normed_BTD), axes, self.layout)
+        return h_BTD, cache
+
+
+class Decoder(nn.Module):
+    """Tokens in, final hidden states out.
+
+    The logits of a whole vocabulary are never formed here: training takes `ops.cross_entropy.token_log_probs` of the
+    hidden states and the head, sampling takes the logits of the last position only.
+    """
+
+    config: QwenConfig
+    layout: Layout = Layout()
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the stack.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 position of each token in its document.
+          segment_ids_BT: int32 document of each token, 0 for padding.
+          cache: what came before; the T new tokens are written behind it.
+
+        Returns:
+          hidden_BTD after the final norm, in config.dtype; the cache with the new tokens (None without one).
+        """
+        c, init = self.config, nn.initializers.normal(self.config.initializer_range)
+        shape_VD = (c.vocab_size, c.hidden_size)
+        embedding_VD = declare(self, "embedding", init, shape_VD, ("vocab_in", "embed"), c)
+        if not c.tie_word_embeddings:
+            declare(self, "head", init, shape_VD, ("vocab", "embed"), c)  # its product is the caller's: see `head`
+
+        cos, sin = rope.tables(positions_BT, head_dim=c.head_dim, theta=c.rope_theta)
+        where = Where(cos, sin, positions_BT, segment_ids_BT, positions_BT, segment_ids_BT, None)
+        if cache is not None:
+            where = where._replace(
+                kv_positions_BS=_write(cache.positions, positions_BT, cache.index),
+                kv_segment_ids_BS=_write(cache.segment_ids, segment_ids_BT, cache.index),
+                index=cache.index,
+            )
+        # Gathered whole before the look-up, like every other fsdp weight before its use: a look-up in split columns
+        # makes the compiler replicate the activations instead.
+        table_VD = constrain(embedding_VD.astype(jnp.dtype(c.dtype)), ("vocab_in", "act_embed"), self.layout)
+        h_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "act_embed"), self.layout)
+        layers_cache = None if cache is None else (cache.k, cache.v)
+        h_BTD, layers_cache = _stack(c)(c, self.layout, name="layers")(h_BTD, layers_cache, where)
+        if cache is not None:
+            index = cache.index + tokens_BT.shape[1]
+            cache = KVCache(*layers_cache, where.kv_positions_BS, where.kv_segment_ids_BS, index)
+        return RMSNorm(c.hidden_size, c, name="final_norm")(h_BTD), cache
+
+
+def head(config: QwenConfig, params) -> jax.Array:
+    """Returns the head of the vocabulary, [V, D]: the embedding itself where the two are tied."""
+    return params["embedding"] if config.tie_word_embeddings else params["head"]
+
+
+def _write(slots_BS: jax.Array, new_BT: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(slots_BS, new_BT, index, axis=1)
+
+
+def _stack(config: QwenConfig):
+    """All layers as one scanned module: parameters and cache carry a leading [num_hidden_layers] axis."""
+    block = Block
+    if config.remat != "none":
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=config.num_hidden_layers,
+        unroll=1 if config.scan_layers else config.num_hidden_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,148 @@
+"""The functional face of the models: config and parameters in, arrays out.
+
+`params` is a plain nested dict. Every function is pure and compiled once per config and shape; `layout` says how the
+arrays are split over a mesh, and without one everything is on one device.
+
+Shapes: B batch, T length, D model width, V vocabulary rows.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import sharding
+from qwen_jax.config import QwenConfig
+from qwen_jax.models.decoder import Decoder, head
+from qwen_jax.ops import segments
+from qwen_jax.ops.cross_entropy import token_log_probs
+from qwen_jax.sharding import Layout
+
+ONE_DEVICE = Layout()
+_compiled = functools.partial(jax.jit, static_argnames=("config", "layout"))
+
+
+def init(config: QwenConfig, key: jax.Array, *, mesh: jax.sharding.Mesh | None = None) -> dict:
+    """Returns fresh parameters: normal(initializer_range), biases 0, norms 1.
+
+    With a mesh each device makes only its own part; the values do not depend on the mesh.
+    """
+    shardings = None
+    if mesh is not None:
+        shardings = sharding.tree_shardings(axes(config), abstract(config), Layout(mesh))
+    return jax.jit(_unboxed, static_argnums=0, out_shardings=shardings)(config, key)
+
+
+def abstract(config: QwenConfig) -> dict:
+    """Returns the tree of parameter shapes and dtypes, computing nothing."""
+    return jax.eval_shape(lambda: _unboxed(config, jax.random.key(0)))
+
+
+def axes(config: QwenConfig) -> dict:
+    """Returns the tree of logical axis names, one tuple for each parameter."""
+    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def _unboxed(config: QwenConfig, key: jax.Array) -> dict:
+    return nn.unbox(_boxed(config, key))
+
+
+def _boxed(config: QwenConfig, key: jax.Array):
+    token_11 = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(key, token_11, token_11, token_11)["params"]
+
+
+@_compiled
+def hidden_states(
+    config: QwenConfig,
+    params: dict,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> jax.Array:
+    """Returns final hidden states [B, T, D] in config.dtype; arguments as in `forward`."""
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    if positions_BT is None:
+        positions_BT = segments.positions(segment_ids_BT)
+    return Decoder(config, layout).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
+
+
+@_compiled
+def forward(
+    config: QwenConfig,
+    params: dict,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> jax.Array:
+    """Returns the logits of every position. For training use `log_probs`, which never holds them all.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: [B, T] int32.
+      positions: [B, T] int32; each token's place in its segment if None.
+      segment_ids: [B, T] int32, documents that share a row and do not see each other, 0 for padding (left or right);
+        one document a row if None.
+      layout: mesh and rules.
+
+    Returns:
+      [B, T, V] float32, padding rows of the vocabulary included.
+    """
+    hidden_BTD = hidden_states(
+        config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
+    )
+    head_VD = head(config, params).astype(hidden_BTD.dtype)
+    return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "chunks"))
+def log_probs(
+    config: QwenConfig,
+    params: dict,
+    tokens: jax.Array,
+    targets: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+    chunks: int = 8,
+) -> jax.Array:
+    """Returns log p(targets[b, t] | tokens[b, :t+1]) as [B, T] float32, chunked over the vocabulary.
+
+    Args as in `forward`, and:
+      targets: [B, T] int32, each a valid id.
+      chunks: pieces of the vocabulary; more hold less memory.
+    """
+    hidden_BTD = hidden_states(
+        config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
+    )
+    return token_log_probs(hidden_BTD, head(config, params), targets, chunks=chunks, parts=layout.size("vocab"))
+
+
+@_compiled
+def sequence_log_probs(
+    config: QwenConfig,
+    params: dict,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> jax.Array:
+    """Returns log p(tokens[b, t+1] | tokens[b, :t+1]) as [B, T-1] float32; arguments as in `forward`.
+
+    Entries whose two tokens are of different segments, or are padding, mean nothing: mask them.
+    """
+    targets = jnp.roll(tokens, -1, axis=1)
+    every = log_probs(
+        config, params, tokens, targets, positions=positions, segment_ids=segment_ids, layout=layout
+    )  # all T, so that a length split over the mesh stays even
+    return every[:, :-1]

@@ -1,0 +1,58 @@
+"""The only places a parameter is declared: `declare` and the two layers made with it.
+
+Each parameter is born with the logical names of its axes, which `sharding.Rules` maps to the mesh.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.ops.norm import rms_norm
+
+
+def declare(module: nn.Module, name: str, init, shape, axes, config: QwenConfig) -> jax.Array:
+    """Declares one parameter of `module` with its logical axes, stored in config.param_dtype."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype))
+
+
+class Linear(nn.Module):
+    """A matrix product written as an einsum, with an optional bias on the output axes.
+
+    Attributes:
+      spec: einsum of input and kernel, "BTD,DNH->BTNH"; the capital letters are the shapes' letters.
+      shape: of the kernel.
+      axes: logical name of each kernel axis.
+      config: dtypes and the standard deviation of the initial kernel.
+      bias_axes: how many trailing kernel axes a bias has; 0 for none.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    config: QwenConfig
+    bias_axes: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        init = nn.initializers.normal(self.config.initializer_range)
+        kernel = declare(self, "kernel", init, self.shape, self.axes, self.config)
+        y = jnp.einsum(self.spec, x.astype(dtype), kernel.astype(dtype))
+        if self.bias_axes:
+            shape, axes = self.shape[-self.bias_axes :], self.axes[-self.bias_axes :]
+            bias = declare(self, "bias", nn.initializers.zeros, shape, axes, self.config)
+            y += bias.astype(dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """`ops.norm.rms_norm` over the last axis, of this size, with its scale."""
+
+    size: int
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = declare(self, "scale", nn.initializers.ones, (self.size,), ("norm",), self.config)
+        return rms_norm(x, scale, eps=self.config.rms_norm_eps)

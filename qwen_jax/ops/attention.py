@@ -1,0 +1,83 @@
+"""Attention: one contract, several back ends.
+
+Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N/K query heads per kv head, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.errors import InputError
+
+NEG_INF = -1e30  # finite, so that a row without any key gives zeros and not NaN
+
+BACKENDS = ("auto", "reference")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    q_segment_ids_BT: jax.Array,
+    kv_segment_ids_BS: jax.Array,
+    scale: float | None = None,
+    causal: bool = True,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Grouped-query attention; a query sees the keys of its own segment that are not later than itself.
+
+    kv head g serves query heads g*G ... (g+1)*G - 1 (Ainslie et al., arXiv:2305.13245).
+
+    Args:
+      q_BTNH: queries, already rotated.
+      k_BSKH: keys, already rotated; K divides N.
+      v_BSKH: values.
+      q_positions_BT: int32 positions; "later" compares these, not indices.
+      kv_positions_BS: int32 positions of the keys.
+      q_segment_ids_BT: int32, 0 marks padding, which neither sees nor is seen.
+      kv_segment_ids_BS: int32, likewise; also marks the unwritten slots of a cache.
+      scale: multiplies the logits; H**-0.5 if None.
+      causal: False lets a query see later keys of its segment too.
+      backend: one of BACKENDS; "auto" chooses by platform.
+
+    Returns:
+      out_BTNH in the type of q, zero where a query sees nothing; logsumexp_BTN float32 of the scaled logits.
+
+    Raises:
+      InputError: on an unknown back end.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"attention back end {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    mask_BTS = visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, causal=causal)
+    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
+
+
+def visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, *, causal: bool) -> jax.Array:
+    """Returns [B, T, S] bool: which key each query may see."""
+    same = q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
+    mask_BTS = same & (q_segment_ids_BT != 0)[:, :, None]
+    if causal:
+        mask_BTS &= kv_positions_BS[:, None, :] <= q_positions_BT[:, :, None]
+    return mask_BTS
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
+    """All T x S logits at once, softmax in float32: the definition the other back ends are tested against."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    mask_B11TS = mask_BTS[:, None, None]
+    logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, NEG_INF)
+    peak_BKGT1 = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.where(mask_B11TS, jnp.exp(logits_BKGTS - peak_BKGT1), 0.0)
+    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+    # A row that sees no key sums to 0; its logsumexp is NEG_INF, the weight it has when outputs are merged.
+    safe_BKGT1 = jnp.where(total_BKGT1 == 0.0, 1.0, total_BKGT1)
+    probs_BKGTS = (weights_BKGTS / safe_BKGT1).astype(v_BSKH.dtype)
+    out_BTNH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    logsumexp_BKGT = (peak_BKGT1 + jnp.log(safe_BKGT1))[..., 0]
+    return out_BTNH.astype(q_BTNH.dtype), jnp.moveaxis(logsumexp_BKGT.reshape(B, N, T), 1, 2)

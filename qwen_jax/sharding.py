@@ -1,0 +1,176 @@
+"""Where arrays live: the mesh, the table from logical axes to mesh axes, and the constraint that applies it.
+
+Model code names what an axis *means* ("heads", "batch"); `Rules` says over which mesh axes that meaning is split. A
+`Layout` pairs one mesh with one table and is passed where it is needed: no ambient mesh, so a constraint cannot
+silently do nothing.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwen_jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis gets; one axis may be -1: all devices that the others leave.
+
+    data: replicas of the parameters. fsdp: parameters and optimizer split, batch split. expert: experts split.
+    context: sequences split. tensor: heads and widths split.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Returns the size of each axis in the order of AXES.
+
+        Raises:
+          InputError: where the axes do not multiply to the number of devices.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise InputError(f"mesh has {text}; expected positive sizes, at most one of them -1 (the rest)")
+        known = 1
+        for size in sizes:
+            known *= size if size > 0 else 1
+        sizes = [num_devices // known if size == -1 else size for size in sizes]
+        if known * (num_devices // known if -1 in [getattr(self, axis) for axis in AXES] else 1) != num_devices:
+            raise InputError(f"mesh has {text}, which does not divide the {num_devices} devices found")
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+    """Returns a mesh over all devices, or over `devices`, with the axes of AXES.
+
+    Axes are Auto: the compiler propagates shardings. (`jax.make_mesh` alone would make them Explicit, where a
+    constraint only asserts.)
+
+    Raises:
+      InputError: where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Logical axis -> the mesh axes it is split over, outermost first; () leaves it whole."""
+
+    # Parameters. `embed` is the model width as a parameter axis: that is what fsdp splits.
+    layers: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ("fsdp",)
+    vocab_in: tuple[str, ...] = ()  # rows of the embedding: a gather from split rows would rematerialise the table
+    vocab: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()  # scales of the norms: small, and needed whole everywhere
+    mlp: tuple[str, ...] = ("tensor",)
+    # Activations; heads, kv_heads, mlp and vocab serve both.
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    length: tuple[str, ...] = ("context",)
+    act_embed: tuple[str, ...] = ()
+
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        """Returns the partition of an array whose axes have these logical names (None: not split).
+
+        Raises:
+          InputError: on an unknown logical name or mesh axis, or where two axes of one array want one mesh axis.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        taken: dict[str, str] = {}
+        parts = []
+        for name in names:
+            if name is not None and name not in known:
+                raise InputError(f"no rule for the logical axis {name!r} of {names}; known: {', '.join(known)}")
+            axes = () if name is None else getattr(self, name)
+            for axis in axes:
+                if axis not in AXES:
+                    raise InputError(f"rule {name} names the mesh axis {axis!r}; known: {', '.join(AXES)}")
+                if axis in taken:
+                    raise InputError(
+                        f"axes {taken[axis]!r} and {name!r} of {names} are both split over mesh axis {axis!r}"
+                    )
+                taken[axis] = name
+            parts.append(axes or None)
+        return PartitionSpec(*parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that hold on it. `Layout()` is one device: names are checked, nothing is split."""
+
+    mesh: Mesh | None = None
+    rules: Rules = Rules()
+
+    def sharding(self, names: tuple[str | None, ...], shape: tuple[int, ...], what: str = "array") -> NamedSharding:
+        """Returns where an array of this shape and these logical axes lives.
+
+        Raises:
+          InputError: where the mesh does not divide an axis; the message names array, axis and sizes.
+        """
+        spec = self.rules.spec(names)
+        for name, size in zip(names, shape, strict=True):
+            if size % self.size(name):
+                axes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in getattr(self.rules, name))
+                raise InputError(
+                    f"{what}: axis {name!r} of size {size} cannot be split over mesh axes {axes}; "
+                    f"expected a multiple of {self.size(name)} (or another rule for {name!r})"
+                )
+        return NamedSharding(self.mesh, spec)
+
+    def size(self, name: str | None) -> int:
+        """Returns into how many parts the logical axis `name` is split."""
+        axes = () if self.mesh is None or name is None else getattr(self.rules, name)
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...], layout: Layout) -> jax.Array:
+    """Tells the compiler how `x` is split; without a mesh it only checks the names.
+
+    Raises:
+      InputError: on an unknown name, the wrong number of names, or an axis the mesh does not divide.
+    """
+    if len(names) != x.ndim:
+        raise InputError(f"array of shape {x.shape} was given {len(names)} logical axes {names}; expected {x.ndim}")
+    if layout.mesh is None:
+        layout.rules.spec(names)
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
+
+
+def tree_shardings(axes, shapes, layout: Layout):
+    """Maps a tree of logical axes and the tree of the arrays' shapes to a tree of shardings.
+
+    Args:
+      axes: tree whose leaves are tuples of logical names.
+      shapes: the same tree with anything that has `.shape` as leaves.
+      layout: with a mesh.
+    """
+
+    def leaf(path, struct, names):
+        return layout.sharding(names, struct.shape, what=jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes, axes)
+
+
+def replicated(layout: Layout) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def put(tree, shardings):
+    """Moves host arrays to the mesh in one step; in a multi-host run each process hands over its own rows."""
+    return jax.tree.map(jax.make_array_from_process_local_data, shardings, tree)

@@ -1,0 +1,51 @@
+"""What every test runs under: 8 virtual CPU devices, float32 comparisons, strict broadcasting."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from qwen_jax import config, sharding
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they compute
+
+# Three ways to cut 8 devices that together split every axis a dense model has.
+MESHES = {
+    "fsdp8": sharding.MeshConfig(fsdp=8),
+    "data2-fsdp2-tensor2": sharding.MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp2-context2-tensor2": sharding.MeshConfig(fsdp=2, context=2, tensor=2),
+}
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    """Each of MESHES in turn."""
+    return sharding.make_mesh(MESHES[request.param])
+
+
+def tiny(**fields) -> config.QwenConfig:
+    """A Qwen2-style model small enough to compile in a second and even enough for every mesh of MESHES."""
+    small = dict(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, dtype="float32",
+    )  # fmt: skip
+    return config.get("qwen2-0.5b").replace(**{**small, **fields})
+
+
+FAMILIES = {
+    "qwen2-tied": tiny(),
+    "qwen2-untied": tiny(tie_word_embeddings=False),
+    "qwen3": tiny(
+        tie_word_embeddings=False, qkv_bias=False, qk_norm=True, hidden_size=48
+    ),  # heads * head_dim != hidden
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """A tiny config of each family in turn."""
+    return FAMILIES[request.param]

@@ -1,0 +1,120 @@
+"""The model is the published one: equal to a naive numpy decoder, causal, blind across documents, same on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import models
+from qwen_jax.sharding import Layout
+from tests.conftest import tiny
+from tests.models import oracle
+
+
+def perturbed(config, seed=0):
+    """Parameters with no zeros or ones left, so that a forgotten bias or scale shows."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(
+        lambda x: jnp.asarray(draw(0.02, 0.15, x.shape), x.dtype),
+        models.abstract(config),
+    )
+
+
+def tokens(config, shape, seed=7):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
+
+
+def test_logits_equal_the_naive_decoder(family):
+    params, ids = perturbed(family), tokens(family, (2, 9))
+    expected = np.stack([oracle.logits(family, params, np.asarray(row)) for row in ids])
+    np.testing.assert_allclose(models.forward(family, params, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_documents_equal_documents_alone(family):
+    params = perturbed(family)
+    first, second = tokens(family, (1, 5), 1), tokens(family, (1, 6), 2)
+    pad = jnp.zeros((1, 3), jnp.int32)
+    row = jnp.concatenate([pad, first, second, pad], axis=1)
+    ids = jnp.array([[0] * 3 + [1] * 5 + [2] * 6 + [0] * 3])
+    packed = models.forward(family, params, row, segment_ids=ids)
+    np.testing.assert_allclose(packed[:, 3:8], models.forward(family, params, first), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 8:14], models.forward(family, params, second), atol=1e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_no_token_sees_a_later_one(family):
+    params, ids = perturbed(family), tokens(family, (1, 8))
+    changed = ids.at[0, 5].set((ids[0, 5] + 1) % family.vocab_size)
+    before, after = models.forward(family, params, ids), models.forward(family, params, changed)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("change", [dict(scan_layers=False), dict(remat="dots"), dict(remat="full")], ids=str)
+def test_how_it_is_computed_changes_nothing(change):
+    config = tiny(num_hidden_layers=3)
+    params, ids = perturbed(config), tokens(config, (2, 8))
+    loss = lambda config: lambda params: models.sequence_log_probs(config, params, ids).mean()
+    expected = jax.jit(jax.value_and_grad(loss(config)))(params)
+    found = jax.jit(jax.value_and_grad(loss(config.replace(**change))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+def test_remat_full_keeps_less_than_none():
+    ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+
+    def temporary_bytes(remat):
+        config = tiny(num_hidden_layers=8, remat=remat)
+        loss = lambda params, ids: models.sequence_log_probs(config, params, ids).mean()
+        compiled = jax.jit(jax.grad(loss)).lower(models.abstract(config), ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.5 * temporary_bytes("none")
+
+
+def test_cached_decoding_equals_the_full_forward(family):
+    params, ids = perturbed(family), tokens(family, (2, 8))
+    config, S = family, 12
+    kv = jnp.zeros((config.num_hidden_layers, 2, S, config.num_key_value_heads, config.head_dim))
+    empty = jnp.zeros((2, S), jnp.int32)
+    cache = models.KVCache(kv, kv, empty, empty, jnp.int32(0))
+    hidden, start, apply = [], 0, jax.jit(models.Decoder(config).apply)
+    for stop in (5, 6, 8):  # a prompt, one token, two tokens
+        position = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        piece = ids[:, start:stop]
+        out, cache = apply({"params": params}, piece, position, jnp.ones_like(piece), cache)
+        hidden.append(out)
+        start = stop
+    expected = models.hidden_states(config, params, ids)
+    np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-5)
+    assert int(cache.index) == 8
+
+
+def test_any_mesh_computes_what_one_device_computes(family, mesh):
+    params, ids = perturbed(family), tokens(family, (8, 16))
+    grad = lambda layout: jax.jit(jax.value_and_grad(
+        lambda params: models.sequence_log_probs(family, params, ids, layout=layout).mean()
+    ))  # fmt: skip
+    expected, found = grad(Layout())(params), grad(Layout(mesh))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_parameters_do_not_depend_on_the_mesh_and_are_split_by_it(family, mesh):
+    alone, split = models.init(family, jax.random.key(0)), models.init(family, jax.random.key(0), mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, alone, split)
+    kernel = split["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+
+
+def test_dtype_is_computed_in_and_param_dtype_is_stored():
+    config = tiny(dtype="bfloat16", param_dtype="float32")
+    params = models.init(config, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert models.hidden_states(config, params, tokens(config, (1, 4))).dtype == jnp.bfloat16
+    assert models.forward(config, params, tokens(config, (1, 4))).dtype == jnp.float32
+
+
+def test_every_parameter_has_one_name_per_axis(family):
+    shapes, axes = models.abstract(family), models.axes(family)
+    jax.tree.map(lambda struct, names: [len(struct.shape)] == [len(names)] or pytest.fail(f"{names}"), shapes, axes)
+    assert axes["layers"]["attention"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
