@@ -8,9 +8,10 @@ ids, mask = tokenizer.chat.render(messages, tok, generation="qwen2.5")
 from qwen_jax.tokenizer import chat
 from qwen_jax.tokenizer.byte_bpe import ByteBPE
 from qwen_jax.tokenizer.controls import GENERATIONS
+from qwen_jax.tokenizer.extending import extend
 from qwen_jax.tokenizer.face import Tokenizer
 from qwen_jax.tokenizer.learning import train
 from qwen_jax.tokenizer.reading import load
 from qwen_jax.tokenizer.streaming import StreamDecoder
 
-__all__ = ["GENERATIONS", "ByteBPE", "StreamDecoder", "Tokenizer", "chat", "load", "train"]
+__all__ = ["GENERATIONS", "ByteBPE", "StreamDecoder", "Tokenizer", "chat", "extend", "load", "train"]

@@ -56,13 +56,18 @@ class ByteBPE(Tokenizer):
             raise InputError(f"the vocabulary lacks byte 0x{missing[0]:02X} and {len(missing) - 1} others of 243")
 
     def _encode_data(self, text: str) -> list[int]:
-        if self.nfc and not text.isascii() and not unicodedata.is_normalized("NFC", text):
-            text = unicodedata.normalize("NFC", text)
+        text = self._normalised(text)
         if len(text) >= _LONG_RUN and _has_long_run(text):
-            ranks = [rank for piece in self._pieces(text) for rank in self._uncut.encode_ordinary(piece)]
-        else:
-            ranks = self._merger.encode_ordinary(text)
-        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+            return [index for piece in self._cut(text) for index in self.encode_piece(piece)]
+        return self._numbered(self._merger.encode_ordinary(text))
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """The pieces, inside which alone bytes are merged, of a text brought to normal form."""
+        return self._cut(self._normalised(text))
+
+    def encode_piece(self, piece: str) -> list[int]:
+        """Encodes one piece, as it is."""
+        return self._numbered(self._uncut.encode_ordinary(piece))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read.
@@ -95,10 +100,18 @@ class ByteBPE(Tokenizer):
         ranks = {token: rank for rank, token in ranks}
         return tiktoken.Encoding("qwen_jax", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def _pieces(self, text: str) -> Iterator[str]:
+    def _cut(self, text: str) -> Iterator[str]:
         import regex
 
         return (match.group() for match in regex.finditer(self.pattern, text))
+
+    def _normalised(self, text: str) -> str:
+        if not self.nfc or text.isascii() or unicodedata.is_normalized("NFC", text):
+            return text
+        return unicodedata.normalize("NFC", text)
+
+    def _numbered(self, ranks: list[int]) -> list[int]:
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def __getstate__(self) -> dict:
         # A worker process builds its own encoder; tiktoken's is cheaper to build than to send.
