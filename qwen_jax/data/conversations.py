@@ -1,14 +1,16 @@
 """Conversations and texts as documents: token ids, and which of them are to be learned."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import Tokenizer, chat
 
-TOO_LONG = ("truncate", "drop", "error")
-ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, str]
+
+TooLong = Literal["truncate", "split", "drop", "error"]
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -29,13 +31,15 @@ class Documents(NamedTuple):
 
     Attributes:
       documents: in the source's order.
-      truncated: how many of them were cut to the length limit.
+      split: how many conversations were made into several documents.
+      truncated: how many documents were cut to the length limit.
       dropped_long: how many were left out because they were too long.
       dropped_empty: how many were left out because nothing in them, or in what the cut left of them, is to be learned.
       lost_tokens: tokens that are missing because of the length limit.
     """
 
     documents: list[Document]
+    split: int
     truncated: int
     dropped_long: int
     dropped_empty: int
@@ -45,52 +49,96 @@ class Documents(NamedTuple):
         tokens = sum(len(document.ids) for document in self.documents)
         learned = sum(int(document.loss_mask.sum()) for document in self.documents)
         return (
-            f"{len(self.documents)} documents, {tokens} tokens, {learned} of them to learn; {self.truncated} truncated, "
-            f"{self.dropped_long} dropped as too long, {self.dropped_empty} with nothing to learn, "
-            f"{self.lost_tokens} tokens lost to the length limit"
+            f"{len(self.documents)} documents, {tokens} tokens, {learned} to learn; {self.split} split, "
+            f"{self.truncated} truncated, {self.dropped_long} dropped as too long, "
+            f"{self.dropped_empty} dropped with nothing to learn, {self.lost_tokens} tokens lost to the length limit"
         )
 
 
 def chat_documents(
-    conversations: Iterable[Sequence[dict[str, str]]],
-    tok,
+    conversations: Iterable[Sequence[Message]],
+    tok: Tokenizer,
     *,
     generation: str,
     max_length: int | None = None,
-    too_long: Literal["truncate", "drop", "error"] = "error",
+    too_long: TooLong = "error",
     loss: str = "assistant",
 ) -> Documents:
     """Renders conversations in ChatML.
 
     Args:
       conversations: each a list of OpenAI messages, {"role": ..., "content": ...}.
-      tok: a Tokenizer.
+      tok: the tokenizer.
       generation: whose chat format, as in `tokenizer.chat.render`.
       max_length: the most tokens a document may have; None is no limit.
-      too_long: what becomes of a longer one: "truncate" keeps its first max_length tokens, "drop" leaves it out,
-        "error" refuses it.
-      loss: which tokens are learned, as in `tokenizer.chat.render`.
+      too_long: what becomes of a longer one: "truncate" keeps its first max_length tokens; "split" makes several of it,
+        each beginning with a user's message (after the system message, which all of them get) and truncated only where
+        one question and its answer alone are too long; "drop" leaves it out; "error" refuses it.
+      loss: which tokens are learned, as in `tokenizer.chat.render`; applied to each part of a split conversation.
 
     Returns:
       Documents, with counts of what was cut or left out.
 
     Raises:
-      InputError: a message is not of the expected form, or a conversation is too long and `too_long` is "error".
+      InputError: a conversation cannot be rendered, or is too long and `too_long` is "error".
     """
-    from qwen_jax.tokenizer import chat
 
-    def rendered():
+    def render(messages: Sequence[Message]) -> Document:
+        ids, mask = chat.render(messages, tok, generation=generation, loss=loss)
+        return Document(np.asarray(ids, np.int32), np.asarray(mask, bool))
+
+    def rendered() -> Iterator[list[Document]]:
         for number, messages in enumerate(conversations):
-            _check_messages(messages, number)
-            ids, mask = chat.render(messages, tok, generation=generation, loss=loss)
-            yield Document(np.asarray(ids, np.int32), np.asarray(mask, bool))
+            try:
+                if too_long == "split" and max_length is not None:
+                    yield _split(messages, render, max_length)
+                else:
+                    yield [render(messages)]
+            except InputError as error:
+                raise InputError(f"conversation {number}: {error}") from None
 
     return _limited(rendered(), max_length, too_long, "conversation")
 
 
+def _split(
+    messages: Sequence[Message], render: Callable[[Sequence[Message]], Document], max_length: int
+) -> list[Document]:
+    """Renders a conversation in as few documents as hold max_length tokens each, cut between exchanges."""
+    system, exchanges = _exchanges(messages)
+    if len(exchanges) < 2:
+        return [render(messages)]
+    # In ChatML the length is a constant plus the lengths of the exchanges: rendering each of them once tells where to
+    # cut, without trying. Where it is not quite so (a template that drops old thoughts), the loop below puts it right.
+    alone = np.array([len(render(system + exchange).ids) for exchange in exchanges])
+    shared = alone[0] + alone[1] - len(render(system + exchanges[0] + exchanges[1]).ids)
+    documents, start = [], 0
+    while start < len(exchanges):
+        fitting = int(np.searchsorted(np.cumsum(alone[start:] - shared) + shared, max_length, side="right"))
+        for taken in range(max(1, fitting), 0, -1):
+            document = render(sum(exchanges[start : start + taken], system))
+            if len(document.ids) <= max_length:
+                break
+        documents.append(document)
+        start += taken
+    return documents
+
+
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system message, if any, and the rest cut before each user message that has an answer on both sides."""
+    rest = list(messages)
+    system = [rest.pop(0)] if rest and rest[0]["role"] == "system" else []
+    answers = [message["role"] == "assistant" for message in rest]
+    exchanges, start = [], 0
+    for place, message in enumerate(rest):
+        if message["role"] == "user" and any(answers[start:place]) and any(answers[place:]):
+            exchanges.append(rest[start:place])
+            start = place
+    return system, [*exchanges, rest[start:]]
+
+
 def text_documents(
     texts: Iterable[str],
-    tok,
+    tok: Tokenizer,
     *,
     max_length: int | None = None,
     too_long: Literal["truncate", "drop", "error"] = "error",
@@ -112,54 +160,46 @@ def text_documents(
         raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text; it has {sorted(tok.special_tokens)}")
     end = tok.special_tokens[END_OF_TEXT]
 
-    def encoded():
+    def encoded() -> Iterator[list[Document]]:
         for text in texts:
             ids = np.asarray([*tok.encode(text), end], np.int32)
-            yield Document(ids, np.ones(len(ids), bool))
+            yield [Document(ids, np.ones(len(ids), bool))]
 
     return _limited(encoded(), max_length, too_long, "text")
 
 
-def plain_text(conversation: Sequence[dict[str, str]]) -> str:
+def plain_text(conversation: Sequence[Message]) -> str:
     """A conversation as a text: what was said, one message per line, without roles."""
     return "\n".join(message["content"] for message in conversation)
 
 
-def _limited(documents: Iterable[Document], max_length: int | None, too_long: str, what: str) -> Documents:
-    if too_long not in TOO_LONG:
-        raise InputError(f"too_long is {too_long!r}; it can be {', '.join(TOO_LONG)}")
+def _limited(sources: Iterable[list[Document]], max_length: int | None, too_long: TooLong, what: str) -> Documents:
+    """Holds the documents of each source to the limit; a source that was split has several, or none."""
+    allowed = get_args(TooLong) if what == "conversation" else [way for way in get_args(TooLong) if way != "split"]
+    if too_long not in allowed:
+        raise InputError(f"too_long is {too_long!r}; for a {what} it can be {', '.join(allowed)}")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length is {max_length}; a document needs 2 tokens to have one that follows another")
-    kept, truncated, dropped_long, dropped_empty, lost_tokens = [], 0, 0, 0, 0
-    for number, document in enumerate(documents):
-        excess = 0 if max_length is None else max(0, len(document.ids) - max_length)
-        if excess and too_long == "error":
-            raise InputError(
-                f"{what} {number} has {len(document.ids)} tokens, the limit is {max_length}: "
-                f"raise the limit, or choose too_long='truncate' or 'drop'"
-            )
-        if excess and too_long == "drop":
-            dropped_long += 1
-            lost_tokens += len(document.ids)
-            continue
-        if excess:
-            document = Document(document.ids[:max_length].copy(), document.loss_mask[:max_length].copy())
-        if not document.loss_mask[1:].any():  # the first token has nothing before it, so it is never a target
-            dropped_empty += 1
-            lost_tokens += excess and excess + len(document.ids)
-            continue
-        truncated += bool(excess)
-        lost_tokens += excess
-        kept.append(document)
-    return Documents(kept, truncated, dropped_long, dropped_empty, lost_tokens)
-
-
-def _check_messages(messages: Sequence[dict[str, str]], number: int) -> None:
-    if not messages:
-        raise InputError(f"conversation {number} has no messages; it needs at least one")
-    for place, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(f"conversation {number}, message {place}: role is {role!r}; it can be {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise InputError(f"conversation {number}, message {place}: content is {content!r}; it must be a string")
+    kept, split, truncated, dropped_long, dropped_empty, lost_tokens = [], 0, 0, 0, 0, 0
+    for number, documents in enumerate(sources):
+        split += len(documents) > 1
+        for ids, mask in documents:
+            excess = 0 if max_length is None else max(0, len(ids) - max_length)
+            if excess and too_long == "error":
+                raise InputError(
+                    f"{what} {number} has {len(ids)} tokens, the limit is {max_length}: "
+                    f"raise the limit, or choose too_long={' or '.join(map(repr, allowed[:-1]))}"
+                )
+            if excess and too_long == "drop":
+                dropped_long += 1
+                lost_tokens += len(ids)
+            elif not mask[1:max_length].any():  # the first token has nothing before it, so it is never a target
+                dropped_empty += 1
+                lost_tokens += len(ids) if excess else 0
+            else:
+                truncated += bool(excess)
+                lost_tokens += excess
+                kept.append(
+                    Document(ids[:max_length].copy(), mask[:max_length].copy()) if excess else Document(ids, mask)
+                )
+    return Documents(kept, split, truncated, dropped_long, dropped_empty, lost_tokens)

@@ -91,7 +91,7 @@ class StreamRows(_Rows):
         lengths = _lengths(documents, length)
         self.length, self.tokens = length, int(lengths.sum())
         self._documents = documents
-        self._order = np.random.default_rng(seed).permutation(len(lengths))
+        self._order = np.random.default_rng(seed).permutation(np.flatnonzero(lengths))
         self._ends = np.cumsum(lengths[self._order])
 
     def __len__(self) -> int:
