@@ -12,6 +12,18 @@ from qwen_jax.tokenizer.extending import extend
 from qwen_jax.tokenizer.face import Tokenizer
 from qwen_jax.tokenizer.learning import train
 from qwen_jax.tokenizer.reading import load
+from qwen_jax.tokenizer.sentence_piece import SentencePiece, train_sentencepiece
 from qwen_jax.tokenizer.streaming import StreamDecoder
 
-__all__ = ["GENERATIONS", "ByteBPE", "StreamDecoder", "Tokenizer", "chat", "extend", "load", "train"]
+__all__ = [
+    "GENERATIONS",
+    "ByteBPE",
+    "SentencePiece",
+    "StreamDecoder",
+    "Tokenizer",
+    "chat",
+    "extend",
+    "load",
+    "train",
+    "train_sentencepiece",
+]

@@ -122,8 +122,17 @@ class Tokenizer(abc.ABC):
         """
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes:
-        """Decodes ids into the bytes they spell; arguments and errors are those of `decode`."""
+    def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False, continued: bool = False) -> bytes:
+        """Decodes ids into the bytes they spell.
+
+        Args:
+            ids: as in `decode`.
+            skip_special: as in `decode`.
+            continued: the ids follow others; of no matter unless a vocabulary treats the beginning of a text apart.
+
+        Raises:
+            InputError: as `decode`.
+        """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if skip_special:
             ids = [index for index in ids if index not in self._skipped]
@@ -140,7 +149,7 @@ class Tokenizer(abc.ABC):
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes one token spells."""
-        return self.decode_bytes([index])
+        return self.decode_bytes([index], continued=True)
 
     def split_controls(self, text: str, allowed_special: Collection[str]) -> list[str | int]:
         """Cuts a text at control tokens.

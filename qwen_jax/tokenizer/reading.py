@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import controls, merges, splitting
+from qwen_jax.tokenizer import controls, merges, sentence_piece, splitting
 from qwen_jax.tokenizer.alphabet import to_bytes
 from qwen_jax.tokenizer.byte_bpe import ByteBPE
 from qwen_jax.tokenizer.face import Tokenizer
@@ -48,8 +48,6 @@ def load(path: str | os.PathLike, *, generation: str | None = None) -> Tokenizer
             raise InputError(f"{path}: lists its own control tokens; leave out generation={generation!r}")
         return _read_document(path)
     if path.suffix == ".model":
-        from qwen_jax.tokenizer import sentence_piece
-
         return sentence_piece.read(path, listed_controls(path.parent))
     raise InputError(f"{path}: a tokenizer file ends in .tiktoken, .json or .model")
 

@@ -11,7 +11,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer, *, skip_special: bool = False):
-        self._bytes_of = lambda ids: tokenizer.decode_bytes(ids, skip_special=skip_special)
+        self._tokenizer, self._skip_special, self._begun = tokenizer, skip_special, False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: int | Iterable[int]) -> str:
@@ -24,10 +24,13 @@ class StreamDecoder:
             The text that is now certain; empty while a character is incomplete.
         """
         ids = list(ids) if isinstance(ids, Iterable) else [ids]
-        return self._utf8.decode(self._bytes_of(ids))
+        spelt = self._tokenizer.decode_bytes(ids, skip_special=self._skip_special, continued=self._begun)
+        self._begun = self._begun or bool(ids)
+        return self._utf8.decode(spelt)
 
     def finish(self) -> str:
         """Ends the stream: the rest of the text, an incomplete character as U+FFFD. The decoder is then as new."""
         rest = self._utf8.decode(b"", True)
         self._utf8.reset()
+        self._begun = False
         return rest

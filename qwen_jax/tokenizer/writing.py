@@ -14,7 +14,7 @@ def write(tokenizer, folder: str | os.PathLike) -> None:
     """Writes both files of a `ByteBPE` tokenizer; see `ByteBPE.save`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "tokenizer_config.json", json.dumps(config(tokenizer), ensure_ascii=False, indent=2))
+    write_whole(folder / "tokenizer_config.json", as_json(config(tokenizer)))
     write_whole(folder / "tokenizer.json", json.dumps(_document(tokenizer), ensure_ascii=False))
 
 
@@ -33,6 +33,11 @@ def config(tokenizer, tokenizer_class: str = "Qwen2Tokenizer") -> dict:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
     }
+
+
+def as_json(document: dict) -> str:
+    """A JSON file for people to read."""
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
