@@ -2,6 +2,7 @@
 
 from qwen_jax.models.decoder import Decoder, KVCache, head
 from qwen_jax.models.functional import abstract, axes, forward, hidden_states, init, log_probs, sequence_log_probs
+from qwen_jax.models.fused import fuse, fused_axes
 
 __all__ = [
     "Decoder",
@@ -9,6 +10,8 @@ __all__ = [
     "abstract",
     "axes",
     "forward",
+    "fuse",
+    "fused_axes",
     "head",
     "hidden_states",
     "init",

@@ -1,7 +1,7 @@
 """The Qwen decoder: pre-norm blocks of grouped-query attention and a gated MLP, stacked and scanned.
 
-Shapes: B batch, T length, S cache slots, L layers, D model width, N query heads, K kv heads, H head dim, F MLP width,
-V vocabulary.
+Shapes: B batch, T length, S cache slots, L layers, D model width, N query heads, K kv heads, G = N/K query heads per kv
+head, H head dim, F MLP width, V vocabulary; J things computed by one fused product.
 """
 
 from typing import NamedTuple
@@ -26,14 +26,15 @@ class KVCache(NamedTuple):
     """Keys and values of what has been read so far; unwritten slots have segment id 0.
 
     Attributes:
-      k, v: [L, B, S, K, H] in config.dtype.
+      k, v: [L, B, K, S, H] in config.dtype, or a tuple of L arrays [B, K, S, H] for a decoder whose layers are apart.
+        Slots lie next to head_dim because a decode step's products run over one kv head's slots at a time.
       positions: [B, S] int32 position of the token in each slot.
       segment_ids: [B, S] int32, 0 where the slot is empty or padding.
       index: scalar int32, the slot the next token goes to (the same for all rows).
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
     positions: jax.Array
     segment_ids: jax.Array
     index: jax.Array
@@ -56,15 +57,13 @@ class Attention(nn.Module):
 
     config: QwenConfig
     layout: Layout
+    fused: bool
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, where: Where, cache: tuple[jax.Array, jax.Array] | None):
         c, layout = self.config, self.layout
-        D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        bias = 2 if c.qkv_bias else 0
-        q_BTNH = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")(x_BTD)
-        k_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")(x_BTD)
-        v_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")(x_BTD)
+        D, N, H = c.hidden_size, c.num_attention_heads, c.head_dim
+        q_BTNH, k_BTKH, v_BTKH = self._fused_qkv(x_BTD) if self.fused else self._qkv(x_BTD)
         if c.qk_norm:
             q_BTNH = RMSNorm(H, c, name="q_norm")(q_BTNH)
             k_BTKH = RMSNorm(H, c, name="k_norm")(k_BTKH)
@@ -73,8 +72,11 @@ class Attention(nn.Module):
         k_BSKH = constrain(rope.rotate(k_BTKH, where.cos, where.sin), kv_axes, layout)
         v_BSKH = constrain(v_BTKH, kv_axes, layout)
         if cache is not None:
-            k_BSKH, v_BSKH = _write(cache[0], k_BSKH, where.index), _write(cache[1], v_BSKH, where.index)
-            cache = (k_BSKH, v_BSKH)
+            cache = tuple(
+                _write(slots_BKSH, jnp.swapaxes(new_BTKH, 1, 2), where.index, axis=2)
+                for slots_BKSH, new_BTKH in zip(cache, (k_BSKH, v_BSKH), strict=True)
+            )
+            k_BSKH, v_BSKH = (jnp.swapaxes(slots_BKSH, 1, 2) for slots_BKSH in cache)
         out_BTNH, _ = attention(
             q_BTNH,
             k_BSKH,
@@ -88,18 +90,42 @@ class Attention(nn.Module):
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
         return Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")(out_BTNH), cache
 
+    def _qkv(self, x_BTD):
+        c = self.config
+        D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        bias = 2 if c.qkv_bias else 0
+        q_BTNH = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")(x_BTD)
+        k_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")(x_BTD)
+        v_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")(x_BTD)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def _fused_qkv(self, x_BTD):
+        """One product: each kv head with the G query heads it serves, so that splitting heads splits all three."""
+        c = self.config
+        D, K, H = c.hidden_size, c.num_key_value_heads, c.head_dim
+        G, bias = c.num_attention_heads // K, 3 if c.qkv_bias else 0
+        axes = ("embed", "kv_heads", None, "head_dim")
+        qkv_BTKJH = Linear("BTD,DKJH->BTKJH", (D, K, G + 2, H), axes, c, bias, name="qkv")(x_BTD)
+        q_BTNH = qkv_BTKJH[..., :G, :].reshape(*x_BTD.shape[:2], K * G, H)
+        return q_BTNH, qkv_BTKJH[..., G, :], qkv_BTKJH[..., G + 1, :]
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
 
     config: QwenConfig
     layout: Layout
+    fused: bool
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c, D, F = self.config, self.config.hidden_size, self.config.intermediate_size
-        gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD)
-        up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD)
+        if self.fused:
+            both_BTJF = Linear("BTD,DJF->BTJF", (D, 2, F), ("embed", None, "mlp"), c, name="gate_up")(x_BTD)
+            gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
+        else:
+            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD)
+            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD)
         h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"), self.layout)
         return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF)
 
@@ -109,15 +135,16 @@ class Block(nn.Module):
 
     config: QwenConfig
     layout: Layout
+    fused: bool = False
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array, cache, where: Where):
         c, axes = self.config, ("batch", "length", "act_embed")
         normed_BTD = RMSNorm(c.hidden_size, c, name="attention_norm")(h_BTD)
-        out_BTD, cache = Attention(c, self.layout, name="attention")(normed_BTD, where, cache)
+        out_BTD, cache = Attention(c, self.layout, self.fused, name="attention")(normed_BTD, where, cache)
         h_BTD = constrain(h_BTD + out_BTD, axes, self.layout)
         normed_BTD = RMSNorm(c.hidden_size, c, name="mlp_norm")(h_BTD)
-        h_BTD = constrain(h_BTD + MLP(c, self.layout, name="mlp")(normed_BTD), axes, self.layout)
+        h_BTD = constrain(h_BTD + MLP(c, self.layout, self.fused, name="mlp")(normed_BTD), axes, self.layout)
         return h_BTD, cache
 
 
@@ -126,10 +153,17 @@ class Decoder(nn.Module):
 
     The logits of a whole vocabulary are never formed here: training takes `ops.cross_entropy.token_log_probs` of the
     hidden states and the head, sampling takes the logits of the last position only.
+
+    Attributes:
+      config: the model.
+      layout: mesh and rules.
+      fused: the parameters are those of `models.fuse`: fewer, larger products, and with config.scan_layers False also
+        one tree a layer, so that no step slices them out of a stack. For decoding; training keeps them apart.
     """
 
     config: QwenConfig
     layout: Layout = Layout()
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -149,7 +183,7 @@ class Decoder(nn.Module):
         c, init = self.config, nn.initializers.normal(self.config.initializer_range)
         shape_VD = (c.vocab_size, c.hidden_size)
         embedding_VD = declare(self, "embedding", init, shape_VD, ("vocab_in", "embed"), c)
-        if not c.tie_word_embeddings:
+        if not c.tie_word_embeddings and not self.fused:
             declare(self, "head", init, shape_VD, ("vocab", "embed"), c)  # its product is the caller's: see `head`
 
         cos, sin = rope.tables(positions_BT, head_dim=c.head_dim, theta=c.rope_theta)
@@ -165,11 +199,23 @@ class Decoder(nn.Module):
         table_VD = constrain(embedding_VD.astype(jnp.dtype(c.dtype)), ("vocab_in", "act_embed"), self.layout)
         h_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "act_embed"), self.layout)
         layers_cache = None if cache is None else (cache.k, cache.v)
-        h_BTD, layers_cache = _stack(c)(c, self.layout, name="layers")(h_BTD, layers_cache, where)
+        if self.fused and not c.scan_layers:
+            h_BTD, layers_cache = self._layers_apart(h_BTD, layers_cache, where)
+        else:
+            stack = _stack(c)(c, self.layout, self.fused, name="layers")
+            h_BTD, layers_cache = stack(h_BTD, layers_cache, where)
         if cache is not None:
             index = cache.index + tokens_BT.shape[1]
             cache = KVCache(*layers_cache, where.kv_positions_BS, where.kv_segment_ids_BS, index)
         return RMSNorm(c.hidden_size, c, name="final_norm")(h_BTD), cache
+
+    def _layers_apart(self, h_BTD, cache, where):
+        caches = []
+        for i in range(self.config.num_hidden_layers):
+            of_layer = None if cache is None else (cache[0][i], cache[1][i])
+            h_BTD, of_layer = Block(self.config, self.layout, True, name=f"layer_{i}")(h_BTD, of_layer, where)
+            caches.append(of_layer)
+        return h_BTD, None if cache is None else tuple(zip(*caches, strict=True))
 
 
 def head(config: QwenConfig, params) -> jax.Array:
@@ -177,8 +223,8 @@ def head(config: QwenConfig, params) -> jax.Array:
     return params["embedding"] if config.tie_word_embeddings else params["head"]
 
 
-def _write(slots_BS: jax.Array, new_BT: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(slots_BS, new_BT, index, axis=1)
+def _write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis)
 
 
 def _stack(config: QwenConfig):

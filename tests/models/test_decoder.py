@@ -72,22 +72,37 @@ def test_remat_full_keeps_less_than_none():
     assert temporary_bytes("full") < 0.5 * temporary_bytes("none")
 
 
-def test_cached_decoding_equals_the_full_forward(family):
+@pytest.mark.parametrize("how", ["stacked", "fused and stacked", "fused and apart"])
+def test_cached_decoding_equals_the_full_forward(family, how):
     params, ids = perturbed(family), tokens(family, (2, 8))
-    config, S = family, 12
-    kv = jnp.zeros((config.num_hidden_layers, 2, S, config.num_key_value_heads, config.head_dim))
+    config, L, S = family.replace(scan_layers=how != "fused and apart"), family.num_hidden_layers, 12
+    slots = jnp.zeros((2, config.num_key_value_heads, S, config.head_dim))
+    kv = jnp.stack([slots] * L) if config.scan_layers else (slots,) * L
     empty = jnp.zeros((2, S), jnp.int32)
     cache = models.KVCache(kv, kv, empty, empty, jnp.int32(0))
-    hidden, start, apply = [], 0, jax.jit(models.Decoder(config).apply)
+    expected = models.hidden_states(config, params, ids)
+    if how != "stacked":
+        params = models.fuse(config, params)["decoder"]
+    hidden, start, apply = [], 0, jax.jit(models.Decoder(config, fused=how != "stacked").apply)
     for stop in (5, 6, 8):  # a prompt, one token, two tokens
         position = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
         piece = ids[:, start:stop]
         out, cache = apply({"params": params}, piece, position, jnp.ones_like(piece), cache)
         hidden.append(out)
         start = stop
-    expected = models.hidden_states(config, params, ids)
     np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-5)
     assert int(cache.index) == 8
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_fused_parameters_keep_every_number_and_name_every_axis(family, scan):
+    config = family.replace(scan_layers=scan)
+    shapes = jax.eval_shape(lambda params: models.fuse(config, params), models.abstract(config))
+    axes = models.fused_axes(config, models.axes(config))
+    jax.tree.map(lambda struct, names: [len(struct.shape)] == [len(names)] or pytest.fail(f"{names}"), shapes, axes)
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    tied = shapes["head"].size if config.tie_word_embeddings else 0
+    assert count(shapes) == count(models.abstract(config)) + tied
 
 
 def test_any_mesh_computes_what_one_device_computes(family, mesh):
