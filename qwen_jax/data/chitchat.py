@@ -1,8 +1,8 @@
 """Human chats: the real two-person conversations of `chitchat-dataset` 0.9.0 (MIT), as a TFDS dataset.
 
-The file holds 7,168 chats of students who were paired at random (2018), 258,145 messages. What is kept of each:
-the words, in order, messages sent in a row joined by line breaks so that roles alternate. The person who wrote first
-becomes "user", the other "assistant". 3,996 chats, 242,967 messages in 135,523 turns remain: 3,591 chats to train on,
+The file holds 7,168 chats of a university's chit-chat challenge (2018), 258,145 messages. What is kept of each: the
+words, in order, messages sent in a row joined by line breaks so that roles alternate. The person who wrote first becomes
+"user", the other "assistant". 3,996 chats, 242,967 messages in 135,523 turns remain: 3,591 chats to train on,
 200 for validation, 205 for the test.
 
 What is dropped, and why (counts of the real file):
@@ -10,12 +10,12 @@ What is dropped, and why (counts of the real file):
     are merged.
   - 3,151 chats in which nobody ever answered (one sender): there is no exchange to learn from.
   - 21 chats that repeat another one when case, blanks and punctuation are ignored ("Hello? / hi").
-  - people's ids, time stamps and ratings: nothing here uses them, and ids are personal. There are no system or bot
-    messages in the file: both sides are people.
-  - the prompt (a topic that was shown to both people): most chats do not follow it, so it would be a condition that
-    does not condition.
-The same 1,315 people appear in all splits (some in hundreds of chats): the splits hold different conversations, not
-different people.
+  - people's ids, time stamps and ratings: nothing here uses them, and ids are personal. No message of the file is
+    marked as a system's or a bot's.
+  - the prompt (a topic suggested to both sides, in 6,929 chats): it is nobody's message.
+The words themselves are not filtered: a few people named themselves, and a few chats hold runs of "f" or "ink ink".
+The same people appear in all splits (1,315 in all, some in hundreds of chats): the splits hold different conversations,
+not different people.
 
 Splits are made by a hash of the content, before anything is fitted: 90% train, 5% validation, 5% test. A chat keeps
 its split whatever else is added or removed, and near-copies, having one hash, cannot be in two splits.
@@ -30,7 +30,6 @@ import logging
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
@@ -106,7 +105,7 @@ def load(split: str) -> Conversations:
     builder = tfds.builder_from_directory(build())
     try:
         return Conversations(builder.as_data_source(split))
-    except (ValueError, KeyError, AssertionError):
+    except ValueError:
         raise InputError(
             f"chitchat: no split {split!r}; there are {', '.join(SPLITS)} and slices as 'train[:10%]'"
         ) from None
@@ -125,13 +124,12 @@ def build() -> pathlib.Path:
     if _is_whole(target):
         return target
     logger.info("building the chitchat dataset in %s", target)
-    packages.make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as scratch:
-        made = _write_records(pathlib.Path(scratch))
-        if target.exists() and not _is_whole(target):
-            logger.warning("%s is damaged: replaced by a new build", target)
-            os.replace(target, pathlib.Path(scratch) / "damaged")
+    with packages.scratch_folder(target.parent) as scratch:
+        made = _write_records(scratch)
         try:
+            if target.exists():
+                logger.warning("%s is damaged: replaced by a new build", target)
+                os.replace(target, scratch / "damaged")
             os.replace(made, target)
         except OSError:
             if not _is_whole(target):  # otherwise another process was faster, with the same result

