@@ -1,0 +1,155 @@
+"""Published weights to a parameter tree, each device's part read straight from the mapped files."""
+
+import logging
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import config as configs
+from qwen_jax import models, sharding
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+from qwen_jax.hf import boxes, files, layouts, settings
+from qwen_jax.hf.layouts import Entry
+
+logger = logging.getLogger(__name__)
+
+COMPARED_BYTES = 1 << 26  # how much of a duplicate head is in memory at once
+
+
+def load(
+    path: str | os.PathLike, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[QwenConfig, dict]:
+    """Reads a checkpoint folder of Qwen v1, Qwen1.5, Qwen2, Qwen2.5 or Qwen3: config.json and safetensors.
+
+    Each process reads only what its own devices hold. Beyond what it puts on them, a host holds one device's part of
+    one parameter and one tensor's part of that. Nothing in the folder is unpickled or run.
+
+    Args:
+      path: the folder.
+      dtype: of the parameters, "float32", "bfloat16" or "float16"; None keeps the files' own. What the model computes
+        in is another matter: `config.dtype`, which is bfloat16 unless replaced.
+      mesh: where the parameters go, split by the default `sharding.Rules`; the default device if None.
+
+    Returns:
+      The config as config.json gives it, with param_dtype set, and the parameters as `models.init` shapes them. Of
+      models that change how they attend beyond some length (v1, the 1M models), max_position_embeddings is that length.
+
+    Raises:
+      InputError: in one line, on a config.json this package does not compute, on missing, unexpected or mis-shaped
+        tensors, on dtypes it does not know, on files that are cut short, and where the mesh does not divide an axis.
+    """
+    source = Source(path, dtype)
+    params = models.abstract(source.config)
+    shardings = {}
+    if mesh is not None:
+        shardings = layouts.flat(sharding.tree_shardings(models.axes(source.config), params, sharding.Layout(mesh)))
+    rows = layouts.table(source.model_type, params)
+    loaded = {}
+    for entry, struct in sorted(rows, key=lambda row: -row[1].size):  # the largest while there is most room
+        loaded[entry.path] = _place(source, entry, struct, shardings.get(entry.path))
+    logger.info("loaded %s: %d parameters as %s", source.folder, len(loaded), source.config.param_dtype)
+    return source.config, layouts.nested(loaded)
+
+
+class Source:
+    """A checkpoint folder whose tensors are known to be those of its config.
+
+    Attributes:
+      folder, config, model_type: what it is; config.param_dtype is what `read` returns.
+
+    Raises:
+      InputError: as `load` does.
+    """
+
+    def __init__(self, path: str | os.PathLike, dtype: str | None = None):
+        self.folder = pathlib.Path(path)
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: is no folder; expected one with config.json and {files.SINGLE}")
+        if dtype not in (None, *configs.DTYPES):
+            raise InputError(f"dtype is {dtype!r}; expected None (keep the files') or {', '.join(configs.DTYPES)}")
+        config, self.model_type = settings.read(self.folder)
+        self._sizes, self._tensors = layouts.sizes(config), files.scan(self.folder)
+        expected = {
+            name: entry.file_shape(config)
+            for entry, _ in layouts.table(self.model_type, models.abstract(config))
+            for name in entry.names(config)
+        }
+        twin = self._duplicate_head(config, expected)
+        files.check(self.folder, self._tensors, expected | twin, layouts.IGNORED)
+        self.config = config.replace(param_dtype=dtype or self._one_dtype(expected))
+        for name in twin:
+            self._refuse_another_head(name)
+
+    def read(self, entry: Entry, layer: int, box: tuple[range, ...]) -> np.ndarray:
+        """Reads one layer's part of a parameter.
+
+        Args:
+          entry: the parameter's row.
+          layer: which one; 0 for what is not stacked.
+          box: range of each of our axes, without L.
+
+        Returns:
+          An array of the box's shape in the file's dtype.
+        """
+        found = boxes.cut(entry, self._sizes, box)
+        return boxes.to_ours(entry, found, self._tensors[entry.name.format(layer)].read(found.slices))
+
+    def _duplicate_head(self, config: QwenConfig, expected: dict) -> dict[str, tuple[int, ...]]:
+        """A tied checkpoint may hold the head once more."""
+        row = next(entry for entry in layouts.TABLES[self.model_type] if entry.path == "head")
+        return {row.name: row.file_shape(config)} if row.name in self._tensors and row.name not in expected else {}
+
+    def _refuse_another_head(self, name: str) -> None:
+        row = next(entry for entry in layouts.TABLES[self.model_type] if entry.path == "embedding")
+        head, embedding = self._tensors[name], self._tensors[row.name]
+        step = max(1, COMPARED_BYTES // (4 * head.shape[1]))
+        for start in range(0, head.shape[0], step):
+            rows = (slice(start, min(start + step, head.shape[0])), slice(0, head.shape[1]))
+            if not np.array_equal(head.read(rows), embedding.read(rows)):
+                raise InputError(
+                    f"{self.folder}: tie_word_embeddings is true, but {name} is not {row.name}; say which is meant: "
+                    f"set it to false in config.json, or take {name} out"
+                )
+
+    def _one_dtype(self, expected) -> str:
+        """Returns the dtype that all tensors have."""
+        kinds: dict[str, list[str]] = {}
+        for name in expected:
+            kinds.setdefault(files.DTYPES[self._tensors[name].dtype], []).append(name)
+        if len(kinds) > 1:
+            told = "; ".join(f"{kind}: {files.summary(names)}" for kind, names in kinds.items())
+            raise InputError(
+                f"{self.folder}: tensors are of several dtypes, say which one to load as (dtype=…). {told}"
+            )
+        return next(iter(kinds))
+
+
+def _place(source: Source, entry: Entry, struct: jax.ShapeDtypeStruct, split: jax.sharding.Sharding | None):
+    """Reads one parameter onto its devices; `split` None: onto the default device."""
+    dtype = jnp.dtype(source.config.param_dtype)
+    if split is None:
+        return jax.device_put(_assemble(source, entry, tuple(range(size) for size in struct.shape), dtype))
+    holders: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, index in split.addressable_devices_indices_map(struct.shape).items():
+        box = tuple(range(*part.indices(size)) for part, size in zip(index, struct.shape, strict=True))
+        holders.setdefault(box, []).append(device)
+    arrays = []
+    for box, devices in holders.items():  # replicas are read once
+        part = _assemble(source, entry, box, dtype)
+        arrays += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(struct.shape, split, arrays)
+
+
+def _assemble(source: Source, entry: Entry, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads a box of a parameter, layer by layer where it is stacked, in its final dtype."""
+    out = np.empty([len(part) for part in box], dtype)
+    if entry.stacked:
+        for place, layer in enumerate(box[0]):
+            out[place] = source.read(entry, layer, box[1:])
+    else:
+        out[...] = source.read(entry, 0, box)
+    return out

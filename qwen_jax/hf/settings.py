@@ -1,0 +1,198 @@
+"""config.json to QwenConfig and back. What shapes the computation is read; what we cannot compute is refused.
+
+Two spellings are read: `rope_theta` with `rope_scaling` and `torch_dtype`, and the `rope_parameters` and `dtype` of
+transformers 5. Fields of Qwen v1: modeling_qwen.py of the QwenLM/Qwen repository.
+"""
+
+import pathlib
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+from qwen_jax.hf.files import read_json
+from qwen_jax.hf.layouts import TABLES
+
+WHOLE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+class Fields:
+    """The fields of one config.json; a field that is not there is told by its name."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.values = path, read_json(path)
+
+    def get(self, name: str, default=None):
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def need(self, name: str, *kinds: type):
+        """Returns a field that must be there and of one of these types."""
+        value = self.values.get(name)
+        if value is None:
+            raise self.refused(f"has no {name}")
+        if type(value) not in kinds:
+            raise self.refused(f"{name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
+        return value
+
+    def whole(self, name: str) -> int:
+        return self.need(name, int)
+
+    def number(self, name: str) -> float:
+        return float(self.need(name, float, int))
+
+    def shape(self) -> dict:
+        """Returns the fields that every layout spells as QwenConfig does."""
+        return {name: self.whole(name) for name in WHOLE} | {
+            "tie_word_embeddings": self.need("tie_word_embeddings", bool),
+            "initializer_range": float(self.get("initializer_range", 0.02)),  # how it was begun, not what it is
+        }
+
+    def refused(self, reason: str) -> InputError:
+        return InputError(f"{self.path}: {reason}")
+
+
+def read(folder: pathlib.Path) -> tuple[QwenConfig, str]:
+    """Reads a folder's config.json.
+
+    Returns:
+      The config and its model_type, a key of `layouts.TABLES`.
+
+    Raises:
+      InputError: where a field is missing, or says what this package does not compute; the message names the field.
+    """
+    fields = Fields(folder / "config.json")
+    model_type = fields.need("model_type", str)
+    if model_type not in TABLES:
+        raise fields.refused(f"model_type is {model_type!r}; expected one of {', '.join(TABLES)}")
+    _refuse_unsupported(fields, model_type)
+    shape = _qwen(fields) if model_type == "qwen" else _qwen2_or_3(fields, model_type)
+    try:
+        return QwenConfig(**shape), model_type
+    except InputError as error:
+        raise fields.refused(str(error)) from None
+
+
+def _refuse_unsupported(fields: Fields, model_type: str) -> None:
+    expected = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+    if model_type == "qwen3":
+        expected["attention_bias"] = False  # a bias on o as well, which no published Qwen has
+    if model_type == "qwen":
+        expected |= {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
+    for name, value in expected.items():
+        if fields.get(name, value) != value:
+            raise fields.refused(f"{name} is {fields.get(name)!r}; only {value!r} is supported")
+    if fields.get("quantization_config"):
+        raise fields.refused("quantization_config is set; only unquantised weights are supported")
+    sliding = sorted(set(fields.get("layer_types", [])) - {"full_attention"})
+    if sliding:
+        raise fields.refused(f"layer_types has {', '.join(sliding)}; only full_attention is supported")
+
+
+def _qwen2_or_3(fields: Fields, model_type: str) -> dict:
+    shape = fields.shape()
+    if model_type == "qwen3" or fields.get("head_dim"):
+        shape["head_dim"] = fields.whole("head_dim")
+    else:
+        shape["head_dim"] = _divided(fields, "hidden_size", shape["num_attention_heads"])
+    return shape | {
+        "max_position_embeddings": _reach(fields),
+        "num_key_value_heads": fields.whole("num_key_value_heads"),
+        "rope_theta": _theta(fields),
+        "rms_norm_eps": fields.number("rms_norm_eps"),
+        "qkv_bias": model_type == "qwen2",
+        "qk_norm": model_type == "qwen3",
+    }
+
+
+def _theta(fields: Fields) -> float:
+    """Returns rope_theta of either spelling; refuses scaled RoPE."""
+    theta = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name, {})
+        if not isinstance(rope, dict):
+            raise fields.refused(f"{name} is {rope!r}; expected an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise fields.refused(f"{name} is of type {kind!r}; only unscaled RoPE ('default') is supported")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.refused(f"{name}.partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1.0")
+        if "rope_theta" in rope:
+            theta[f"{name}.rope_theta"] = float(rope["rope_theta"])
+    if fields.get("rope_theta") is not None or not theta:
+        theta["rope_theta"] = fields.number("rope_theta")
+    if len(set(theta.values())) > 1:
+        raise fields.refused(f"{' and '.join(f'{name} {value}' for name, value in theta.items())} differ")
+    return next(iter(theta.values()))
+
+
+def _reach(fields: Fields) -> int:
+    """Returns up to which length plain attention is the model: all of it, but for the 1M models.
+
+    Those attend in chunks. Up to chunk_size - local_size positions there is one chunk, which is plain attention.
+    """
+    positions, chunks = fields.whole("max_position_embeddings"), fields.get("dual_chunk_attention_config")
+    if chunks is None:
+        return positions
+    try:
+        return min(positions, chunks["chunk_size"] - chunks["local_size"])
+    except (KeyError, TypeError):
+        raise fields.refused("dual_chunk_attention_config needs the numbers chunk_size and local_size") from None
+
+
+def _qwen(fields: Fields) -> dict:
+    """Qwen v1. Its length tricks (use_dynamic_ntk, use_logn_attn) act beyond seq_length only: that is our limit."""
+    shape = fields.shape()
+    heads = shape["num_attention_heads"]
+    head_dim = fields.whole("kv_channels") if fields.get("kv_channels") else _divided(fields, "hidden_size", heads)
+    return shape | {
+        "intermediate_size": _divided(fields, "intermediate_size", 2),  # the file counts gate and up together
+        "max_position_embeddings": min(fields.whole("seq_length"), shape["max_position_embeddings"]),
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "rope_theta": fields.number("rotary_emb_base"),
+        "rms_norm_eps": fields.number("layer_norm_epsilon"),
+    }
+
+
+def _divided(fields: Fields, name: str, by: int) -> int:
+    if fields.whole(name) % by:
+        raise fields.refused(f"{name} {fields.whole(name)} is not a multiple of {by}")
+    return fields.whole(name) // by
+
+
+def write(config: QwenConfig, dtype: str) -> dict:
+    """Returns the config.json of a model, in the spelling that transformers 4 and 5 both read.
+
+    Args:
+      config: the model.
+      dtype: of the tensors.
+
+    Raises:
+      InputError: where no published layout has this mix of bias and QK-norm.
+    """
+    if config.qkv_bias == config.qk_norm:
+        raise InputError(
+            f"qkv_bias {config.qkv_bias} with qk_norm {config.qk_norm} is no published layout; "
+            "qwen2 has the bias only, qwen3 the norm only"
+        )
+    kind = "Qwen3" if config.qk_norm else "Qwen2"
+    return {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        **{name: getattr(config, name) for name in WHOLE},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "initializer_range": config.initializer_range,
+        **({"attention_bias": False} if config.qk_norm else {}),  # no field of qwen2, where q, k and v always have one
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
