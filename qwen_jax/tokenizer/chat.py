@@ -5,6 +5,7 @@ Qwen3 may have "tool_calls" ([{"name": …, "arguments": …}], alone or under "
 "reasoning_content".
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,9 @@ def _encode(parts: Iterable[Part], tok: Tokenizer, *, apart: bool) -> tuple[list
             speakers.extend(run_speakers)
             run.clear()
 
+    split = functools.cache(lambda text: tok.split_controls(text, "all"))  # a template says the same every turn
     for part in parts:
-        for piece in tok.split_controls(part.text, "all") if part.own else [part.text]:
+        for piece in split(part.text) if part.own else [part.text]:
             if isinstance(piece, int) or apart:
                 end_run()
             if isinstance(piece, int):
@@ -116,13 +118,12 @@ def _encode_run(run: list[tuple[str, int | None]], tok: Tokenizer) -> tuple[list
     ids = tok.encode("".join(text for text, _ in run))
     speaker = run[-1][1]
     head = "".join(text for text, of in run if of is None)
-    begin = sum(len(tok.token_bytes(index)) for index in tok.encode(head)) if head and speaker is not None else 0
-    speakers: list[int | None] = []
-    position = 0
-    for index in ids:
-        speakers.append(speaker if position >= begin else None)
-        position += len(tok.token_bytes(index))
-    return ids, speakers
+    begin = len(head.encode()) + tok.adds_space if head and speaker is not None else 0
+    silent = position = 0
+    while position < begin and silent < len(ids):
+        position += len(tok.token_bytes(ids[silent]))
+        silent += 1
+    return ids, [None] * silent + [speaker] * (len(ids) - silent)
 
 
 def _finetune(messages: Sequence[Message], tok: Tokenizer, generation: str) -> tuple[list[int], list[int]]:

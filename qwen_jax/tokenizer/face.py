@@ -26,7 +26,10 @@ class Tokenizer(abc.ABC):
     Attributes:
         special_tokens: the id of each control token by name, in order of id.
         shown: the control tokens that `decode(skip_special=True)` keeps.
+        adds_space: whether encoding puts a space before every text (SentencePiece models of others).
     """
+
+    adds_space = False
 
     def __init__(
         self, spellings: dict[int, bytes], special_tokens: dict[str, int], *, shown: Collection[str] = controls.SHOWN
@@ -34,7 +37,7 @@ class Tokenizer(abc.ABC):
         controls.check(special_tokens, "special_tokens")
         self.special_tokens = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         self.shown = frozenset(shown) & frozenset(special_tokens)
-        self._regular_size = len(spellings)
+        self._regular_size, self._control_names = len(spellings), tuple(self.special_tokens)
         self._spellings: list[bytes | None] = [None] * (max([*spellings, *special_tokens.values()], default=-1) + 1)
         for name, index in [(spelling, i) for i, spelling in spellings.items()] + list(special_tokens.items()):
             if self._spellings[index] is not None:
@@ -164,10 +167,10 @@ class Tokenizer(abc.ABC):
         Raises:
             InputError: a name that is not a control token of this vocabulary.
         """
-        if allowed_special == "all":
-            names = tuple(self.special_tokens)
-        elif isinstance(allowed_special, str):
-            raise InputError(f'allowed_special is {allowed_special!r}; it is "all" or a set of control tokens')
+        if isinstance(allowed_special, str):
+            if allowed_special != "all":
+                raise InputError(f'allowed_special is {allowed_special!r}; it is "all" or a set of control tokens')
+            names = self._control_names
         else:
             names = tuple(sorted(allowed_special))
             unknown = next((name for name in names if name not in self.special_tokens), None)

@@ -59,7 +59,7 @@ class SentencePiece(Tokenizer):
         super().__init__(spellings, own | special_tokens, shown=shown)
         self.model = proto.SerializeToString()
         self.nfc = proto.normalizer_spec.name == "nfc"
-        self._adds_space = proto.normalizer_spec.add_dummy_prefix
+        self.adds_space = proto.normalizer_spec.add_dummy_prefix
         self._processor = SentencePieceProcessor(model_proto=self.model)
         self._spelt_space = [i for byte in _SPACE.encode() for i, s in spellings.items() if s == bytes([byte])][:3]
 
@@ -73,7 +73,7 @@ class SentencePiece(Tokenizer):
     def decode_bytes(self, ids, *, skip_special: bool = False, continued: bool = False) -> bytes:
         """As of every tokenizer; a space that the model adds before a text is taken off again."""
         spelt = super().decode_bytes(ids, skip_special=skip_special)
-        return spelt[1:] if self._adds_space and not continued and spelt.startswith(b" ") else spelt
+        return spelt[1:] if self.adds_space and not continued and spelt.startswith(b" ") else spelt
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `tokenizer.model` and `tokenizer_config.json`, which `load` reads; each appears whole or not at all.

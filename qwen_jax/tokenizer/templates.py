@@ -84,9 +84,7 @@ def generation_prompt(generation: str, enable_thinking: bool) -> Iterator[Part]:
 
 
 def _header(role: str) -> Iterator[Part]:
-    yield Part("<|im_start|>")
-    yield Part(role)
-    yield Part("\n")
+    yield Part(f"<|im_start|>{role}\n")
 
 
 def _system_turn(system: str | None, tools: Sequence | None, generation: str, own: bool) -> Iterator[Part]:
@@ -118,11 +116,11 @@ def _tool_answer(messages: Sequence[Message], index: int) -> Iterator[Part]:
 def _answer(messages: Sequence[Message], index: int) -> Iterator[Part]:
     """An assistant turn of the generations before Qwen3."""
     content, calls = messages[index].get("content") or "", messages[index].get("tool_calls") or []
-    yield Part("<|im_start|>")
-    yield Part("assistant")
     if content or not calls:
-        yield Part("\n")
+        yield from _header("assistant")
         yield Part(content, own=False, speaker=index)
+    else:
+        yield Part("<|im_start|>assistant")
     for call in calls:
         yield Part("\n<tool_call>\n" + '{"name": "', speaker=index)
         yield from _call(call, index, _json(_function(call)["arguments"]))
