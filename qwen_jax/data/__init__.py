@@ -5,7 +5,7 @@ Each module is loaded when it is first named, so importing this package costs no
 
 import importlib
 
-_MODULES = ("baseline", "chitchat", "conversations", "loader", "packages", "packing")
+_MODULES = ("baseline", "chitchat", "conversations", "loader", "made_up", "packages", "packing", "sources")
 
 
 def __getattr__(name):

@@ -1,0 +1,1 @@
+"""Recipes: each file composes one run, top to bottom."""

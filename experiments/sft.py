@@ -1,0 +1,146 @@
+"""Supervised fine-tuning on ChatML conversations (Qwen report, arXiv:2309.16609, section 3.1).
+
+    python -m experiments.sft small --workdir runs/sft --base runs/pretrain
+
+`small` fine-tunes what `experiments.pretrain small` left: two CPU cores, about a minute. The published recipes start
+from a Hugging Face folder given with --base.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+from experiments.pretrain import build, first, prepare_tokenizer
+from experiments.pretrain import small as small_pretrain
+from experiments.pretrain import smoke as smoke_pretrain
+from qwen_jax import config as configs
+from qwen_jax import sharding, tokenizer
+from qwen_jax.config import QwenConfig
+from qwen_jax.data import conversations, loader, packing, sources
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import MeshConfig
+from qwen_jax.training import command, loop, pretrained, report, throughput, workdir
+from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One fine-tuning run."""
+
+    model: QwenConfig  # how it is computed; its shape is read from the base
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    base: str = ""  # Hugging Face folder or workdir of a run to start from; "random" starts from nothing
+    dataset: str = "chitchat"  # a name that data.sources knows
+    template: str = "qwen2"  # the Qwen generation whose chat format is used
+    loss: str = (
+        "assistant"  # what is learned: "assistant", "last-turn", or "qwen-finetune" as the published script does
+    )
+    too_long: conversations.TooLong = "split"  # what becomes of a conversation of more than `length` tokens
+    length: int = 256
+    batch_size: int = 16
+    microbatches: int = 1
+    validation_rows: int = 128
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+
+def small() -> Config:
+    """Human chats on the model of `pretrain small`: two CPU cores, one minute."""
+    return Config(
+        model=small_pretrain().model,
+        optimizer=OptimizerConfig(peak_lr=1e-3, schedule="constant", warmup_steps=20, weight_decay=0.1),
+        loop=LoopConfig(steps=120, log_every=10, eval_every=20, checkpoint_every=60),
+    )
+
+
+def smoke() -> Config:
+    """Two steps from random parameters on made-up chats: seconds, no network."""
+    tiny = smoke_pretrain()
+    return Config(
+        model=tiny.model, optimizer=tiny.optimizer, loop=tiny.loop, base="random", dataset="made-up", length=128,
+        batch_size=8, validation_rows=8,
+    )  # fmt: skip
+
+
+def qwen_chat() -> Config:
+    """Qwen-Chat's SFT (arXiv:2309.16609, section 3.1.2) on the shape of Qwen2.5-7B; give --base."""
+    return Config(
+        model=configs.get("qwen2.5-7b").replace(remat="full"),
+        optimizer=OptimizerConfig(peak_lr=2e-6, schedule="constant", warmup_steps=1430, weight_decay=0.1),
+        loop=LoopConfig(steps=4000, log_every=10, eval_every=200, checkpoint_every=200),
+        length=2048,
+        batch_size=128,
+    )
+
+
+RECIPES = {"small": small, "smoke": smoke, "qwen-chat": qwen_chat}
+
+
+def from_base(config: Config) -> Config:
+    """Returns the config with the model shape that its base has, computed as the recipe says.
+
+    Raises:
+      InputError: where no base was given, or it is neither a Hugging Face folder nor a run.
+    """
+    if config.base == "random":
+        return config
+    if not config.base:
+        raise InputError('--base is missing; expected a Hugging Face folder, the workdir of a run, or "random"')
+    how = {name: getattr(config.model, name) for name in ("dtype", "param_dtype", "remat", "scan_layers", "attention")}
+    return dataclasses.replace(config, model=pretrained.read_config(config.base).replace(**how))
+
+
+def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> packing.PackedRows:
+    """Returns the packed rows of one split, and says what became of the conversations."""
+    documents = conversations.chat_documents(
+        sources.load(config.dataset, split), tok, generation=config.template, loss=config.loss,
+        max_length=config.length, too_long=config.too_long,
+    )  # fmt: skip
+    packed = packing.PackedRows(documents.documents, config.length)
+    print(f"[sft] {split}: {documents}; {len(packed)} rows, {packed.efficiency:.1%} full", flush=True)
+    return packed
+
+
+def run(config: Config, folder, recipe: str) -> None:
+    """Fine-tunes to the end, or on from where the folder stands."""
+    config = from_base(config)
+    mesh = sharding.make_mesh(config.mesh)
+    built = build(config, mesh)
+    folder = workdir.prepare(folder, config, experiment="sft", recipe=recipe)
+    texts = (message["content"] for chat in sources.load(config.dataset, "train") for message in chat)
+    path = "" if config.base == "random" else str(pretrained.tokenizer_path(config.base))
+    tok = prepare_tokenizer(path, folder, texts, config.model.vocab_size)
+    train = rows(config, tok, "train")
+    validation = first(rows(config, tok, "validation"), config.validation_rows)
+    print(
+        f"[sft] {config.model.param_counts()['total']:,} parameters from {config.base}; {config.loop.steps} steps of "
+        f"{config.batch_size} rows; mesh {dict(mesh.shape)}",
+        flush=True,
+    )
+
+    def initial():
+        key = jax.random.key(config.seed)
+        if config.base == "random":
+            return built.init(key)
+        return built.start(pretrained.load_params(config.base, built.state.params), key)
+
+    share = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    loop.fit(
+        built,
+        loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share),
+        config=config.loop,
+        workdir=folder,
+        initial=initial,
+        validation=lambda: loader.evaluation(validation, batch_size=config.batch_size, **share),
+        flops_per_token=throughput.train_flops_per_token(config.model, config.length),
+        label="sft",
+    )
+    report.write(folder, title=f"sft {recipe}")
+    print(f"[sft] done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}", flush=True)
+
+
+if __name__ == "__main__":
+    command.main(__doc__, RECIPES, run)

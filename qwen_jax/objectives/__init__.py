@@ -1,0 +1,5 @@
+"""Losses and advantages as pure functions of arrays: floats and masks in, (mean, metrics) out."""
+
+from qwen_jax.objectives import sft
+
+__all__ = ["sft"]

@@ -1,0 +1,126 @@
+"""Checkpoints by orbax: saved in the background, the newest few and the best one kept, restored on any mesh."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+from qwen_jax.training import workdir as workdirs
+from qwen_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run: its train state, the position in its data, the metric that ranks them.
+
+    A save is written beside the others and becomes visible when it is whole, so that a run killed at any moment leaves
+    the checkpoints before it as they were.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, best_metric: str = "validation/loss"):
+        """Opens (or makes) workdir/checkpoints.
+
+        Args:
+          workdir: the run's folder.
+          keep: how many of the newest to keep, besides the one with the lowest best_metric.
+          best_metric: a name among the metrics given to `save`.
+        """
+        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        metric = lambda metrics: metrics[best_metric]
+        best = preservation_policy.BestN(
+            get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )  # orbax ranks upwards; reverse: lowest is best
+        options = ocp.CheckpointManagerOptions(
+            best_fn=metric,
+            best_mode="min",
+            preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Returns the steps there are checkpoints of, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """Returns the step with the lowest metric, None before the first evaluation."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, data_state: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts a save and returns as soon as the state may be donated; `data_state` is JSON."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
+        self._manager.save(int(state.step), args=items, metrics=metrics)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict, list[str]] | None:
+        """Returns the newest checkpoint that can be read, on the mesh that `abstract` names.
+
+        Returns:
+          (state, data_state, complaints): one complaint for each newer checkpoint that could not be read; None where
+          there is no checkpoint at all.
+
+        Raises:
+          InputError: where there are checkpoints and none can be read.
+        """
+        complaints = []
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        for step in reversed(self.steps()):
+            try:
+                restored = self._manager.restore(step, args=items)
+                return restored["state"], restored["data"], complaints
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                complaints.append(f"checkpoint {self.folder / str(step)} cannot be read: {lines[0][:200]}")
+        if complaints:
+            raise InputError("; ".join(complaints))
+        return None
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(
+    workdir: str | os.PathLike, *, step: int | None = None, shardings: Any = None
+) -> tuple[QwenConfig, dict]:
+    """Reads the model of a run, without its optimizer.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; the newest if None.
+      shardings: tree of shardings to read straight onto a mesh; everything on the first device if None.
+
+    Returns:
+      The model's config and its parameters.
+
+    Raises:
+      InputError: where there is no such run or checkpoint, or it cannot be read.
+    """
+    config = workdirs.model_config(workdir)
+    folder = pathlib.Path(workdir).absolute() / FOLDER
+    found = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    if not found or (step is not None and step not in found):
+        wanted = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        raise InputError(f"{folder} lacks {wanted}; it has {found or 'none'}")
+    path = folder / str(found[-1] if step is None else step) / "state"
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            shapes = reader.metadata(path).item_metadata.tree["params"]
+            places = shardings if shardings is not None else jax.tree.map(lambda _: first, shapes)
+            structs = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+            )
+            args = ocp.args.PyTreeRestore(
+                {"params": structs},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": structs}),
+                partial_restore=True,
+            )
+            return config, reader.restore(path, args=args)["params"]
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"checkpoint {path.parent} cannot be read: {str(error).splitlines()[0][:200]}") from None

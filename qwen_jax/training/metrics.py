@@ -1,0 +1,91 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and one line (or a bar) for whoever is watching."""
+
+import json
+import pathlib
+import sys
+
+from qwen_jax.errors import InputError
+
+
+class MetricsWriter:
+    """Appends {"step": n, name: value, ...} lines to metrics.jsonl and the same scalars to TensorBoard."""
+
+    def __init__(self, workdir: pathlib.Path, *, start: int):
+        """Opens the files of a run that stands at step `start`; lines of later steps are of a run that was lost."""
+        import tensorboardX
+
+        self.path = workdir / "metrics.jsonl"
+        kept = [json.dumps(row) for row in read(workdir) if row["step"] <= start] if self.path.exists() else []
+        self._file = self.path.open("w", buffering=1)
+        self._file.writelines(f"{line}\n" for line in kept)
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the scalars of one step."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()
+
+
+def read(workdir: pathlib.Path | str) -> list[dict]:
+    """Returns the lines of metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+      InputError: on any other line that is not JSON, by its number.
+    """
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise InputError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
+    return rows
+
+
+class Progress:
+    """A bar with the time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self, label: str, *, start: int, total: int):
+        import tqdm
+
+        self._label, self._total = label, total
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            desc=label, initial=start, total=total, disable=not self._live, dynamic_ncols=True, unit="step"
+        )
+
+    def update(self) -> None:
+        """One step more."""
+        self._bar.update()
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the figures of a step: behind the bar, or as a line."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        if self._live:
+            self._bar.set_postfix_str(text)
+        else:
+            self.say(f"step {step}/{self._total}  {text}")
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        line = f"[{self._label}] {text}"
+        if self._live:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,72 @@
+"""A model to start from, wherever it comes from: a published Hugging Face folder, or the workdir of a run of ours."""
+
+import json
+import os
+import pathlib
+
+import jax
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+from qwen_jax.training import checkpoint, workdir
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Tells a run's workdir (True) from a Hugging Face folder (False) by its config.json.
+
+    Raises:
+      InputError: where it is neither.
+    """
+    file = pathlib.Path(path) / "config.json"
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; expected a Hugging Face folder or the workdir of a run") from None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if "experiment" in record:
+        return True
+    if "model_type" in record:
+        return False
+    raise InputError(f"{file} has neither model_type (Hugging Face) nor experiment (a run of qwen_jax)")
+
+
+def read_config(path: str | os.PathLike) -> QwenConfig:
+    """Returns the model's config without reading its weights."""
+    if is_run(path):
+        return workdir.model_config(path)
+    from qwen_jax import hf
+
+    return hf.read_config(path)
+
+
+def load_params(path: str | os.PathLike, abstract) -> dict:
+    """Reads parameters straight to where they belong.
+
+    Args:
+      path: Hugging Face folder or workdir.
+      abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params.
+
+    Returns:
+      The parameters, in the shapes, dtypes and shardings of `abstract`.
+    """
+    shardings = jax.tree.map(lambda struct: struct.sharding, abstract)
+    if is_run(path):
+        params = checkpoint.load_params(path, shardings=shardings)[1]
+    else:
+        from qwen_jax import hf
+
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        params = hf.load(path, dtype=str(jax.tree.leaves(abstract)[0].dtype), mesh=mesh)[1]
+    return jax.tree.map(_checked, params, abstract)
+
+
+def tokenizer_path(path: str | os.PathLike) -> pathlib.Path:
+    """Returns where the tokenizer of this model is: the folder itself, or the run's tokenizer/."""
+    return pathlib.Path(path) / "tokenizer" if is_run(path) else pathlib.Path(path)
+
+
+def _checked(array, struct):
+    if array.shape != struct.shape:
+        raise InputError(f"a parameter has shape {array.shape}, the model wants {struct.shape}")
+    return array.astype(struct.dtype)

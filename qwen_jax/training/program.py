@@ -1,0 +1,133 @@
+"""What a run compiles: the shapes of its state and batch, and its jitted functions. Building one touches no device.
+
+The dry run compiles exactly what the run runs, because both take it from here.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from qwen_jax import sharding
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import Layout
+from qwen_jax.training.state import TrainState, create
+from qwen_jax.training.step import LossFn, eval_step, train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """Abstract arrays (shape, dtype, sharding) and functions of them.
+
+    Attributes:
+      layout: the mesh and the rules everything here was built for.
+      state: TrainState of ShapeDtypeStructs.
+      batch: pytree of ShapeDtypeStructs, one global batch.
+      init: key -> TrainState, each device making its own part.
+      start: (params, key) -> TrainState from parameters that exist already; donates them.
+      train_step: (state, batch) -> (state, metrics); donates the state.
+      eval_step: (params, batch) -> Loss.
+    """
+
+    layout: Layout
+    state: TrainState
+    batch: Any
+    init: Callable[[jax.Array], TrainState]
+    start: Callable[[Any, jax.Array], TrainState]
+    train_step: Callable
+    eval_step: Callable
+
+
+def build(
+    *,
+    init_params: Callable[[jax.Array], Any],
+    param_axes,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    batch,
+    layout: Layout,
+    microbatches: int = 1,
+    eval_loss_fn: LossFn | None = None,
+) -> Program:
+    """Puts a model's initialiser, a loss and an optimizer together on a mesh.
+
+    Args:
+      init_params: key -> parameters, traceable.
+      param_axes: tree of logical axis names, one tuple for each parameter.
+      loss_fn: (params, batch, key) -> Loss.
+      tx: the optimizer.
+      batch: pytree of anything with shape [B, T, ...] and dtype, one global batch.
+      layout: mesh and rules.
+      microbatches: gradient accumulation, see `train_step`.
+      eval_loss_fn: the loss for evaluation (without dropout, say); loss_fn if None.
+
+    Raises:
+      InputError: where the mesh does not divide a parameter or the batch, or microbatches do not.
+    """
+    state, state_shardings = _abstract_state(init_params, param_axes, tx, layout)
+    batch = _abstract_batch(batch, layout, microbatches)
+    batch_shardings = jax.tree.map(lambda struct: struct.sharding, batch)
+    whole = sharding.replicated(layout)
+    make = lambda key: create(init_params(key), key, tx)
+    step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=microbatches)
+    return Program(
+        layout=layout,
+        state=state,
+        batch=batch,
+        init=jax.jit(make, out_shardings=state_shardings),
+        start=jax.jit(
+            functools.partial(create, tx=tx),
+            in_shardings=(state_shardings.params, whole),
+            out_shardings=state_shardings,
+            donate_argnums=0,
+        ),
+        train_step=jax.jit(
+            step,
+            in_shardings=(state_shardings, batch_shardings),
+            out_shardings=(state_shardings, whole),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            functools.partial(eval_step, loss_fn=eval_loss_fn or loss_fn),
+            in_shardings=(state_shardings.params, batch_shardings),
+            out_shardings=whole,
+        ),
+    )
+
+
+def _abstract_state(init_params, param_axes, tx, layout):
+    """Returns the TrainState as structs with shardings, and the shardings alone."""
+    shapes = jax.eval_shape(lambda: create(init_params(jax.random.key(0)), jax.random.key(0), tx))
+    whole = sharding.replicated(layout)
+    params = sharding.tree_shardings(param_axes, shapes.params, layout)
+    opt_state = optax.tree.map_params(
+        tx, lambda _, where: where, shapes.opt_state, params, transform_non_params=lambda _: whole
+    )  # moments lie where their parameters lie
+    shardings = TrainState(whole, params, opt_state, whole)
+    return jax.tree.map(_struct, shapes, shardings), shardings
+
+
+def _abstract_batch(batch, layout: Layout, microbatches: int):
+    """Returns the batch as structs: rows over the batch axes, positions over the length axes."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % microbatches:
+        raise InputError(f"batch_size {rows} cannot be cut into {microbatches} microbatches; expected a multiple")
+    share = rows // microbatches
+    if share % layout.size("batch"):
+        raise InputError(
+            f"batch_size {rows} / microbatches {microbatches} = {share} rows cannot be shared by the mesh axes "
+            f"{', '.join(layout.rules.batch)}; expected a multiple of {layout.size('batch')}"
+        )
+
+    def leaf(struct):
+        names = ("batch", "length", *(None,) * (len(struct.shape) - 2))
+        return _struct(struct, layout.sharding(names, struct.shape, what="batch"))
+
+    return jax.tree.map(leaf, batch)
+
+
+def _struct(struct, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)

@@ -1,0 +1,56 @@
+"""Model-FLOPs utilisation: what the model needs, over what the devices could do in the same time."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import QwenConfig
+
+# Peak bfloat16 FLOP/s of one device, from the vendors' data sheets; the key is a part of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def train_flops_per_token(config: QwenConfig, length: int) -> float:
+    """Returns the FLOPs that one token costs in a training step (forward + backward, nothing recomputed).
+
+    6 per parameter of every matrix product (the embedding look-up is none, the head is one) plus causal attention:
+    12 * layers * heads * head_dim * length / 2 (Chowdhery et al., arXiv:2204.02311, appendix B, halved for causality).
+    """
+    matmul = config.param_counts()["active_non_embedding"] + config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
+    return 6.0 * matmul + 12.0 * attention
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float, str]:
+    """Returns the peak FLOP/s of all devices of the mesh, and where the figure comes from.
+
+    A device without a published figure (a CPU) is measured: the best of a few float32 matrix products.
+    """
+    devices = mesh.devices.flatten()
+    for kind, peak in PEAK_FLOPS.items():
+        if kind in devices[0].device_kind:
+            return peak * len(devices), f"{len(devices)} x {kind}, published bfloat16 peak"
+    # Virtual devices share one machine, so it is measured once, whatever their number.
+    return _measured(), "measured here: a float32 matrix product on all cores"
+
+
+def _measured(size: int = 1536, runs: int = 4) -> float:
+    product = jax.jit(jnp.dot)
+    x = jnp.ones((size, size), jnp.float32)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(runs):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

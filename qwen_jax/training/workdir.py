@@ -1,0 +1,125 @@
+"""A run's folder: its resolved config, what it was run with, and the guard against mixing two runs.
+
+config.json    experiment, recipe, the whole config, versions, git revision, command line
+metrics.jsonl  checkpoints/  samples/  plots/  report.md  and TensorBoard events
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+
+# Where a run lives may change between two starts of it; what it computes may not.
+FREE_TO_CHANGE = ("mesh",)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "tiktoken")
+
+
+def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str) -> pathlib.Path:
+    """Makes the folder, or checks that it is this run's own, and writes config.json.
+
+    Args:
+      workdir: the folder.
+      config: the experiment's frozen dataclass, resolved.
+      experiment, recipe: what was asked for, for the record.
+
+    Raises:
+      InputError: where the folder holds a run with another config; the message names the first field that differs.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    record = {"experiment": experiment, "recipe": recipe, "config": to_json(config)}
+    if path.exists():
+        found = read(workdir)
+        for name in ("experiment", "recipe"):
+            if found[name] != record[name]:
+                raise InputError(f"{path} is of {name} {found[name]!r}, not {record[name]!r}; use another --workdir")
+        difference = _first_difference(found["config"], record["config"])
+        if difference:
+            name, old, new = difference
+            raise InputError(f"{path} holds {name} = {old!r}, this run wants {new!r}; use another --workdir")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise InputError(f"{workdir} is not empty and holds no config.json: not a run's folder; use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    record |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "argv": sys.argv}
+    record |= {"versions": versions(), "git": git_revision()}
+    write_whole(path, json.dumps(record, indent=2))
+    return workdir
+
+
+def read(workdir: str | os.PathLike) -> dict:
+    """Returns what config.json says.
+
+    Raises:
+      InputError: where it is missing, cut short or not a run's.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        if not {"experiment", "recipe", "config"} <= record.keys():
+            raise ValueError("no experiment, recipe and config in it")
+        return record
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; expected the folder of a run") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not the config of a run: {error}") from None
+
+
+def model_config(workdir: str | os.PathLike) -> QwenConfig:
+    """Returns the config of the model that the run in this folder trains.
+
+    Raises:
+      InputError: where config.json has none, or fields that QwenConfig does not know.
+    """
+    fields = read(workdir)["config"].get("model")
+    if not isinstance(fields, dict):
+        raise InputError(f"{pathlib.Path(workdir) / 'config.json'} has no config.model; expected the fields of a model")
+    return QwenConfig().replace(**fields)
+
+
+def to_json(config) -> dict:
+    """Returns a dataclass as plain JSON values, nested dataclasses as objects."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a run's numbers."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def git_revision() -> str | None:
+    """Returns the revision of this code, marked when files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the whole new one."""
+    scratch = path.with_name(f"{path.name}.partial")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def _first_difference(old: dict, new: dict, prefix: str = ""):
+    """Returns (name, old value, new value) of the first field that differs, or None."""
+    for key in sorted(old.keys() | new.keys()):
+        if prefix == "" and key in FREE_TO_CHANGE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _first_difference(a, b, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{prefix}{key}", a, b
+    return None

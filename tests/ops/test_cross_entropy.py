@@ -1,0 +1,82 @@
+"""Chunked log-probabilities equal the plain ones, in value and gradient, and never hold the logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax import sharding
+from qwen_jax.ops.cross_entropy import token_log_probs
+
+
+def plain(hidden_BTD, head_VD, targets_BT):
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
+
+
+def inputs(B, T, D, V, seed=0, scale=3.0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(0, scale, shape), jnp.float32)
+    return draw(B, T, D), draw(V, D), jnp.asarray(rng.integers(0, V, (B, T))), draw(B, T)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    B=st.integers(1, 3), T=st.integers(1, 4), D=st.sampled_from([1, 5]), V=st.integers(1, 41), chunks=st.integers(1, 9),
+    parts=st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_equal_to_log_softmax_for_any_vocabulary_and_chunking(B, T, D, V, chunks, parts):
+    hidden, head, targets, weights = inputs(B, T, D, V)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(function, hidden, head):
+        value, pull = jax.vjp(lambda hidden, head: function(hidden, head, targets), hidden, head)
+        return value, pull(weights)
+
+    chunked = functools.partial(token_log_probs, chunks=chunks, parts=parts)
+    expected, found = value_and_gradients(plain, hidden, head), value_and_gradients(chunked, hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, expected)
+
+
+def test_logits_of_a_thousand_do_not_overflow():
+    hidden, head, targets, _ = inputs(1, 3, 8, 33, scale=30.0)
+    np.testing.assert_allclose(
+        token_log_probs(hidden, head, targets), plain(hidden, head, targets), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_memory_is_that_of_one_chunk():
+    B, T, D, V = 2, 64, 16, 16_384
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, D), (V, D))]
+    targets = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def temporary_bytes(function):
+        loss = lambda hidden, head, targets: function(hidden, head, targets).sum()
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*structs, targets).compile().memory_analysis().temp_size_in_bytes
+
+    logits = B * T * V * 4
+    assert temporary_bytes(plain) > logits
+    # A chunk is an eighth; a few of its size are alive at once (logits, probabilities), nothing of the whole size.
+    assert temporary_bytes(token_log_probs) < 0.6 * logits
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_split_vocabulary_equals_one_device_and_stays_split(tensor):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1, tensor=tensor))
+    layout = sharding.Layout(mesh)
+    hidden, head, targets, _ = inputs(8, 4, 16, 128)
+    put = lambda x, names: jax.device_put(x, layout.sharding(names, x.shape))
+    args = (
+        put(hidden, ("batch", "length", "act_embed")),
+        put(head, ("vocab", "embed")),
+        put(targets, ("batch", "length")),
+    )
+    split = jax.jit(lambda *args: token_log_probs(*args, chunks=4, parts=layout.size("vocab")))
+    np.testing.assert_allclose(split(*args), plain(hidden, head, targets), atol=1e-4)
+    # No device gathers the rows of the others: each all-gather is over the width (fsdp), at most V / tensor rows.
+    for line in split.lower(*args).compile().as_text().splitlines():
+        assert not ("all-gather(" in line and "f32[128,16]" in line), line
