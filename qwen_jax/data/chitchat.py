@@ -1,9 +1,9 @@
 """Human chats: the real two-person conversations of `chitchat-dataset` 0.9.0 (MIT), as a TFDS dataset.
 
 The file holds 7,168 chats of a university's chit-chat challenge (2018), 258,145 messages. What is kept of each: the
-words, in order, messages sent in a row joined by line breaks so that roles alternate. The person who wrote first becomes
-"user", the other "assistant". 3,996 chats, 242,967 messages in 135,523 turns remain: 3,591 chats to train on,
-200 for validation, 205 for the test.
+words, in order, messages sent in a row joined by line breaks so that roles alternate. The person who wrote first is
+"user", the other "assistant". 3,996 chats, 242,967 messages in 135,523 turns remain: 3,591 chats to train on, 200 for
+validation, 205 for the test.
 
 What is dropped, and why (counts of the real file):
   - 33 messages that are empty or only blank. Where a turn vanishes with them, its neighbours, being of one speaker,
@@ -14,8 +14,8 @@ What is dropped, and why (counts of the real file):
     marked as a system's or a bot's.
   - the prompt (a topic suggested to both sides, in 6,929 chats): it is nobody's message.
 The words themselves are not filtered: a few people named themselves, and a few chats hold runs of "f" or "ink ink".
-The same people appear in all splits (1,315 in all, some in hundreds of chats): the splits hold different conversations,
-not different people.
+Some of the 1,315 people wrote hundreds of chats and appear in every split: the splits hold different conversations, not
+different people.
 
 Splits are made by a hash of the content, before anything is fitted: 90% train, 5% validation, 5% test. A chat keeps
 its split whatever else is added or removed, and near-copies, having one hash, cannot be in two splits.

@@ -133,8 +133,7 @@ def test_split_conversations_are_counted_and_only_a_long_exchange_is_truncated()
 
 def test_splitting_holds_the_limit_in_a_template_that_drops_old_thoughts():
     messages = chat(*["a", "b"] * 8)
-    for message in messages[1::2]:
-        message["reasoning_content"] = "hmm" * 5
+    messages[1]["reasoning_content"] = "hmm" * 5  # makes the first exchange shorter in company than alone
     made = conversations.chat_documents([messages], TOK, generation="qwen3", max_length=90, too_long="split")
     assert made.truncated == 0 and 1 < len(made.documents) < 8
     assert sum(learned_text(d).count("b<|im_end|>") for d in made.documents) == 8

@@ -116,11 +116,13 @@ def test_a_member_that_the_archive_lacks_is_named(registry):
 
 
 def test_an_interrupted_fetch_leaves_no_file_to_be_trusted(registry, monkeypatch):
-    def interrupted(*_):
+    def interrupted(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packages, "_read_member", interrupted)
+        patch.setattr(pathlib.Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             packages.fetch(member())
     assert not [p for p in packages.cache_folder().rglob("*") if p.is_file()]
