@@ -104,6 +104,11 @@ def sizes(config: QwenConfig) -> dict[str, int]:
     }
 
 
+def row(model_type: str, path: str) -> Entry:
+    """Returns the row of one parameter."""
+    return next(entry for entry in TABLES[model_type] if entry.path == path)
+
+
 def table(model_type: str, params: dict) -> list[tuple[Entry, object]]:
     """Pairs the rows of a layout with the leaves of a parameter tree.
 

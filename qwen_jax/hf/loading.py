@@ -43,14 +43,13 @@ def load(
         tensors, on dtypes it does not know, on files that are cut short, and where the mesh does not divide an axis.
     """
     source = Source(path, dtype)
-    params = models.abstract(source.config)
-    shardings = {}
+    split = {}
     if mesh is not None:
-        shardings = layouts.flat(sharding.tree_shardings(models.axes(source.config), params, sharding.Layout(mesh)))
-    rows = layouts.table(source.model_type, params)
+        shapes = layouts.nested({entry.path: struct for entry, struct in source.rows})
+        split = layouts.flat(sharding.tree_shardings(models.axes(source.config), shapes, sharding.Layout(mesh)))
     loaded = {}
-    for entry, struct in sorted(rows, key=lambda row: -row[1].size):  # the largest while there is most room
-        loaded[entry.path] = _place(source, entry, struct, shardings.get(entry.path))
+    for entry, struct in sorted(source.rows, key=lambda row: -row[1].size):  # the largest while there is most room
+        loaded[entry.path] = _place(source, entry, struct, split.get(entry.path))
     logger.info("loaded %s: %d parameters as %s", source.folder, len(loaded), source.config.param_dtype)
     return source.config, layouts.nested(loaded)
 
@@ -59,7 +58,9 @@ class Source:
     """A checkpoint folder whose tensors are known to be those of its config.
 
     Attributes:
-      folder, config, model_type: what it is; config.param_dtype is what `read` returns.
+      folder: where it is.
+      config: what it is; param_dtype is what its parameters are to be.
+      rows: (row of the layout, shape) of each parameter.
 
     Raises:
       InputError: as `load` does.
@@ -71,18 +72,18 @@ class Source:
             raise InputError(f"{self.folder}: is no folder; expected one with config.json and {files.SINGLE}")
         if dtype not in (None, *configs.DTYPES):
             raise InputError(f"dtype is {dtype!r}; expected None (keep the files') or {', '.join(configs.DTYPES)}")
-        config, self.model_type = settings.read(self.folder)
+        config, model_type = settings.read(self.folder)
         self._sizes, self._tensors = layouts.sizes(config), files.scan(self.folder)
-        expected = {
-            name: entry.file_shape(config)
-            for entry, _ in layouts.table(self.model_type, models.abstract(config))
-            for name in entry.names(config)
-        }
-        twin = self._duplicate_head(config, expected)
+        self.rows = layouts.table(model_type, models.abstract(config))
+        expected = {name: entry.file_shape(config) for entry, _ in self.rows for name in entry.names(config)}
+        head, embedding = (layouts.row(model_type, path) for path in ("head", "embedding"))
+        twin = {}  # a tied checkpoint may hold the head once more
+        if config.tie_word_embeddings and head.name in self._tensors:
+            twin = {head.name: head.file_shape(config)}
         files.check(self.folder, self._tensors, expected | twin, layouts.IGNORED)
         self.config = config.replace(param_dtype=dtype or self._one_dtype(expected))
         for name in twin:
-            self._refuse_another_head(name)
+            self._refuse_unequal(name, embedding.name)
 
     def read(self, entry: Entry, layer: int, box: tuple[range, ...]) -> np.ndarray:
         """Reads one layer's part of a parameter.
@@ -98,20 +99,14 @@ class Source:
         found = boxes.cut(entry, self._sizes, box)
         return boxes.to_ours(entry, found, self._tensors[entry.name.format(layer)].read(found.slices))
 
-    def _duplicate_head(self, config: QwenConfig, expected: dict) -> dict[str, tuple[int, ...]]:
-        """A tied checkpoint may hold the head once more."""
-        row = next(entry for entry in layouts.TABLES[self.model_type] if entry.path == "head")
-        return {row.name: row.file_shape(config)} if row.name in self._tensors and row.name not in expected else {}
-
-    def _refuse_another_head(self, name: str) -> None:
-        row = next(entry for entry in layouts.TABLES[self.model_type] if entry.path == "embedding")
-        head, embedding = self._tensors[name], self._tensors[row.name]
+    def _refuse_unequal(self, name: str, other: str) -> None:
+        head, embedding = self._tensors[name], self._tensors[other]
         step = max(1, COMPARED_BYTES // (4 * head.shape[1]))
         for start in range(0, head.shape[0], step):
             rows = (slice(start, min(start + step, head.shape[0])), slice(0, head.shape[1]))
             if not np.array_equal(head.read(rows), embedding.read(rows)):
                 raise InputError(
-                    f"{self.folder}: tie_word_embeddings is true, but {name} is not {row.name}; say which is meant: "
+                    f"{self.folder}: tie_word_embeddings is true, but {name} is not {other}; say which is meant: "
                     f"set it to false in config.json, or take {name} out"
                 )
 

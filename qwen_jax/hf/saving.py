@@ -74,6 +74,7 @@ def write(
     shard_bytes: int,
     *,
     extra: dict | None = None,
+    companions: tuple[pathlib.Path, ...] = (),
     primary: bool = True,
 ) -> None:
     """Writes a checkpoint whose parameters are fetched one layer at a time.
@@ -85,6 +86,7 @@ def write(
       fetch: (row, layer) -> that parameter in our axes, without L, in that dtype.
       shard_bytes: as in `save`.
       extra: further fields for config.json.
+      companions: files to copy beside the weights.
       primary: whether this process writes; the others only take part in the fetching.
 
     Raises:
@@ -104,6 +106,8 @@ def write(
     try:
         _fill(scratch, fields, shards, dtype, fetch)
         _keep_other_files(target, scratch)
+        for file in companions:
+            shutil.copy2(file, scratch / file.name)
         _swap(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

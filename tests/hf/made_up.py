@@ -42,7 +42,8 @@ def fields(config: QwenConfig, **changes) -> dict:
     """The config.json of a model, as published ones are spelled; None takes a field out."""
     kind = "qwen3" if config.qk_norm else "qwen2"
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+            "tie_word_embeddings")  # fmt: skip
     values = {name: getattr(config, name) for name in same} | {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,

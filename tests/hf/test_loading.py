@@ -1,4 +1,4 @@
-"""A published folder becomes the parameter tree it stands for, on any mesh, and each device's part is all that is read."""
+"""A published folder becomes the parameter tree it stands for, on any mesh; a device reads its own part only."""
 
 import subprocess
 import sys
@@ -11,8 +11,11 @@ import pytest
 
 from qwen_jax import hf, models, sharding
 from qwen_jax.hf import files, layouts
-from tests.conftest import MESHES, tiny
+from tests.conftest import FAMILIES, MESHES, tiny
 from tests.hf import made_up
+
+# Each family on one mesh, each mesh under one family.
+PAIRS = pytest.mark.parametrize("family, cut", list(zip(FAMILIES, MESHES, strict=True)))
 
 
 def equal(a, b):
@@ -21,6 +24,7 @@ def equal(a, b):
 
 def test_every_parameter_is_its_tensor(family, tmp_path):
     config, params = hf.load(made_up.checkpoint(tmp_path, family, dtype=np.float32))
+    params = jax.tree.map(np.asarray, params)
     assert config == family.replace(dtype="bfloat16", param_dtype="float32")
     tensors, c = made_up.tensors(family), family
     equal(params["embedding"], tensors["model.embed_tokens.weight"])
@@ -56,7 +60,9 @@ def test_several_files_are_one_model(family, tmp_path):
     equal(one[1], several[1])
 
 
-def test_on_a_mesh_each_tensor_is_split_as_init_splits_it_and_read_once(family, mesh, tmp_path, monkeypatch):
+@PAIRS
+def test_on_a_mesh_each_tensor_is_split_as_init_splits_it_and_read_once(family, cut, tmp_path, monkeypatch):
+    family, mesh = FAMILIES[family], sharding.make_mesh(MESHES[cut])
     folder = made_up.checkpoint(tmp_path, family)
     alone, read = hf.load(folder)[1], []
     original = files.Tensor.read
@@ -69,8 +75,8 @@ def test_on_a_mesh_each_tensor_is_split_as_init_splits_it_and_read_once(family, 
     monkeypatch.setattr(files.Tensor, "read", counted)
     config, split = hf.load(folder, mesh=mesh)
     equal(alone, split)
-    as_init = models.init(config, jax.random.key(0), mesh=mesh)
-    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"), split, as_init)
+    expected = sharding.tree_shardings(models.axes(config), models.abstract(config), sharding.Layout(mesh))
+    jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(f"{x.sharding}"), split, expected)
     once = {(str(path), str(shard.index)): shard.data.nbytes
             for path, x in jax.tree.leaves_with_path(split) for shard in x.addressable_shards}  # fmt: skip
     assert sum(read) == sum(once.values())  # replicas are not read again, and nothing is read that is not held
@@ -155,8 +161,9 @@ def v1(config, seed=0):
     return fields, old
 
 
-def test_qwen_v1_is_the_same_model_in_other_boxes(mesh, tmp_path):
+def test_qwen_v1_is_the_same_model_in_other_boxes(tmp_path):
     config = tiny(tie_word_embeddings=False, num_key_value_heads=4, rms_norm_eps=1e-5)
+    mesh = sharding.make_mesh(MESHES["data2-fsdp2-tensor2"])
     made_up.write(tmp_path / "v1", *v1(config))
     made_up.checkpoint(tmp_path / "qwen2", config, dtype=np.float32)
     (old, old_params), (new, new_params) = hf.load(tmp_path / "v1", mesh=mesh), hf.load(tmp_path / "qwen2")

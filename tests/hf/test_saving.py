@@ -4,14 +4,13 @@ import json
 import os
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax import hf, models
+from qwen_jax import hf, models, sharding
 from qwen_jax.errors import InputError
 from qwen_jax.hf import saving
-from tests.conftest import FAMILIES, tiny
+from tests.conftest import FAMILIES, MESHES, tiny
 from tests.hf import made_up
 
 QWEN2 = FAMILIES["qwen2-untied"]
@@ -25,13 +24,18 @@ def same_tensors(a, b):
         )
 
 
+def zeros(config):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), models.abstract(config))
+
+
 def listing(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family, dtype", list(zip(FAMILIES, ["float32", "bfloat16", "float16"], strict=True)))
 def test_a_round_trip_keeps_every_byte(family, dtype, tmp_path):
-    made_up.checkpoint(tmp_path / "in", family, dtype=dtype, parts=2)
+    family = FAMILIES[family]
+    made_up.checkpoint(tmp_path / "in", family, dtype=jax.numpy.dtype(dtype), parts=2)
     config, params = hf.load(tmp_path / "in")
     hf.save(tmp_path / "out", config, params)
     assert listing(tmp_path / "out") == ["config.json", "model.safetensors"]
@@ -39,7 +43,9 @@ def test_a_round_trip_keeps_every_byte(family, dtype, tmp_path):
     assert hf.load(tmp_path / "out")[0] == config
 
 
-def test_what_a_mesh_holds_is_saved_as_from_one_device(family, mesh, tmp_path):
+@pytest.mark.parametrize("family, cut", list(zip(FAMILIES, MESHES, strict=True)))
+def test_what_a_mesh_holds_is_saved_as_from_one_device(family, cut, tmp_path):
+    family, mesh = FAMILIES[family], sharding.make_mesh(MESHES[cut])
     folder = made_up.checkpoint(tmp_path / "in", family)
     config, params = hf.load(folder, mesh=mesh)
     hf.save(tmp_path / "out", config, params)
@@ -101,7 +107,7 @@ def test_a_failure_leaves_the_old_checkpoint_as_it_was(failing, tmp_path, monkey
 
 
 def test_a_target_that_is_no_checkpoint_is_not_replaced(tmp_path):
-    config, params = tiny(), models.init(tiny(), jax.random.key(0))
+    config, params = tiny(), zeros(tiny())
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("dear diary")
     (tmp_path / "file").write_text("")
@@ -123,7 +129,7 @@ def test_a_target_that_is_no_checkpoint_is_not_replaced(tmp_path):
     (lambda p: p.update(embedding=p["embedding"].astype(np.float16)), "float16, float32"),
 ], ids=["missing", "unexpected", "shape", "dtypes"])  # fmt: skip
 def test_params_that_are_not_the_models_are_refused(change, pattern, tmp_path):
-    params = models.init(tiny(), jax.random.key(0))
+    params = zeros(tiny())
     change(params)
     with pytest.raises(InputError, match=pattern):
         hf.save(tmp_path / "out", tiny(), params)
@@ -133,6 +139,6 @@ def test_params_that_are_not_the_models_are_refused(change, pattern, tmp_path):
 def test_a_model_without_a_published_layout_is_refused(tmp_path):
     config = tiny(qk_norm=True)
     with pytest.raises(InputError, match="no published layout"):
-        hf.save(tmp_path / "out", config, models.init(config, jax.random.key(0)))
+        hf.save(tmp_path / "out", config, zeros(config))
     with pytest.raises(InputError, match="shard_bytes"):
-        hf.save(tmp_path / "out", tiny(), models.init(tiny(), jax.random.key(0)), shard_bytes=0)
+        hf.save(tmp_path / "out", tiny(), zeros(tiny()), shard_bytes=0)

@@ -1,0 +1,93 @@
+"""Rewrites a checkpoint folder: another dtype, other file sizes, Qwen v1 into the qwen2 layout.
+
+python -m qwen_jax.hf.convert SRC DST --dtype bfloat16 --shard-bytes 2000000000
+
+SRC is a Hugging Face folder (config.json + safetensors), not a run's workdir. One tensor is in memory at a time, and no device is used.
+"""
+
+import pathlib
+import sys
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.hf import files, layouts, loading, saving
+from qwen_jax.hf.layouts import Entry
+
+# What a model needs beside its weights. No code: v1's tokenization_*.py stays behind.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "qwen.tiktoken", "generation_config.json", "LICENSE",
+)  # fmt: skip
+KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json: generation reads them
+
+
+def convert(
+    src: pathlib.Path, dst: pathlib.Path, *, dtype: str | None = None, shard_bytes: int = saving.SHARD_BYTES
+) -> None:
+    """Writes the model of `src` to `dst` in the qwen2 or qwen3 layout, with its tokenizer files.
+
+    Args:
+      src: a folder that `load` reads.
+      dst: as the target of `save`.
+      dtype: of the tensors; None keeps them.
+      shard_bytes: as in `save`.
+
+    Raises:
+      InputError: as `load` and `save` do.
+    """
+    source = loading.Source(src, dtype)
+    kind = jnp.dtype(source.config.param_dtype)
+    sizes = layouts.sizes(source.config)
+    origin = {entry.path: entry for entry, _ in source.rows}
+
+    def fetch(entry: Entry, layer: int) -> np.ndarray:
+        whole = tuple(range(sizes[letter]) for letter in entry.ours)
+        return source.read(origin[entry.path], layer, whole).astype(kind)
+
+    kept = files.read_json(source.folder / "config.json")
+    saving.write(
+        dst,
+        source.config,
+        source.config.param_dtype,
+        fetch,
+        shard_bytes,
+        extra={name: kept[name] for name in KEPT_FIELDS if kept.get(name) is not None},
+        companions=tuple(source.folder / name for name in COMPANIONS if (source.folder / name).is_file()),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    import tyro
+
+    def command(
+        src: tyro.conf.Positional[pathlib.Path],
+        dst: tyro.conf.Positional[pathlib.Path],
+        /,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        shard_bytes: int = saving.SHARD_BYTES,
+    ) -> None:
+        """Rewrites a Hugging Face checkpoint folder.
+
+        Args:
+            src: Folder with config.json and safetensors (a run's workdir is not one).
+            dst: Folder to write; a checkpoint that is there is replaced.
+            dtype: Of the tensors; as they are if not given.
+            shard_bytes: Largest size of one file of tensors.
+        """
+        convert(src, dst, dtype=dtype, shard_bytes=shard_bytes)
+        print(f"wrote {dst}")
+
+    try:
+        tyro.cli(command, prog="python -m qwen_jax.hf.convert", args=arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
