@@ -15,7 +15,7 @@ _LONG_RUN = 250_000
 
 
 class ByteBPE(Tokenizer):
-    """A tokenizer that knows all 256 bytes, and therefore every text.
+    """A tokenizer whose tokens are made of bytes; with all bytes among them, as in Qwen's, it knows every text.
 
     Attributes:
         order: the tokens that merging can make, single bytes included, in order of priority.
@@ -45,18 +45,21 @@ class ByteBPE(Tokenizer):
             shown: control tokens that decoding never skips.
 
         Raises:
-            InputError: a byte is missing, or an id is given twice.
+            InputError: an ASCII character is missing, or an id is given twice.
         """
         super().__init__({i: token for token, i in vocabulary.items()}, special_tokens, shown=shown)
         self.vocabulary, self.pattern, self.nfc = vocabulary, pattern, nfc
         self.order = tuple(order) if order is not None else tuple(sorted(vocabulary, key=vocabulary.__getitem__))
         if self.regular_size != len(vocabulary):
             raise InputError("two tokens of the vocabulary have the same id")
-        if missing := [byte for byte in _UTF8_BYTES if bytes([byte]) not in vocabulary]:
-            raise InputError(f"the vocabulary lacks byte 0x{missing[0]:02X} and {len(missing) - 1} others of 243")
+        self._missing = bytes(byte for byte in _UTF8_BYTES if bytes([byte]) not in vocabulary)
+        if lost := self._missing.translate(None, bytes(set(range(256)) - set(_ESSENTIAL))):
+            raise InputError(f"the vocabulary lacks the byte {lost[:1]!r} and {len(lost) - 1} other ASCII characters")
 
     def _encode_data(self, text: str) -> list[int]:
         text = self._normalised(text)
+        if self._missing:
+            self._check_spellable(text)
         if len(text) >= _LONG_RUN and _has_long_run(text):
             return [index for piece in self._cut(text) for index in self.encode_piece(piece)]
         return self._numbered(self._merger.encode_ordinary(text))
@@ -110,6 +113,12 @@ class ByteBPE(Tokenizer):
             return text
         return unicodedata.normalize("NFC", text)
 
+    def _check_spellable(self, text: str) -> None:
+        content = text.encode()
+        if len(content.translate(None, self._missing)) < len(content):
+            character = next(c for c in text if set(c.encode()) & set(self._missing))
+            raise InputError(f"the text has {character!r} (U+{ord(character):04X}), whose bytes the vocabulary lacks")
+
     def _numbered(self, ranks: list[int]) -> list[int]:
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
@@ -118,8 +127,10 @@ class ByteBPE(Tokenizer):
         return {name: value for name, value in self.__dict__.items() if name not in ("_merger", "_uncut")}
 
 
-# Bytes that occur in UTF-8; the other 13 (0xC0, 0xC1, 0xF5..0xFF) are in no text.
+# Bytes that occur in UTF-8; the other 13 (0xC0, 0xC1, 0xF5..0xFF) are in no text. Vocabularies learned by others may
+# lack rare ones (SmolLM2 lacks 0x04), but one without letters or line breaks is damaged.
 _UTF8_BYTES = tuple(byte for byte in range(0xF5) if byte not in (0xC0, 0xC1))
+_ESSENTIAL = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
 
 
 def _has_long_run(text: str) -> bool:

@@ -102,7 +102,10 @@ def _read_ranks(path: pathlib.Path, generation: str) -> ByteBPE:
         vocabulary |= {
             token: i for token, i in _rank_lines(extra).items() if token not in vocabulary and i not in taken
         }
-    return ByteBPE(vocabulary, special_tokens)
+    try:
+        return ByteBPE(vocabulary, special_tokens)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _rank_lines(path: pathlib.Path) -> dict[bytes, int]:
@@ -221,4 +224,7 @@ def _from_text(vocab, pairs, listed, *, where, merge_at, pattern=splitting.QWEN,
         )
     special_tokens = {name: i for name, (i, _) in listed.items()}
     shown = [name for name, (_, special) in listed.items() if not special]
-    return ByteBPE(vocabulary, special_tokens, order=order, pattern=pattern, nfc=nfc, shown=shown)
+    try:
+        return ByteBPE(vocabulary, special_tokens, order=order, pattern=pattern, nfc=nfc, shown=shown)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -173,6 +173,19 @@ def test_older_pre_tokenizers_are_read_exactly(tiny, tmp_path, digits):
     assert Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json")).encode(text).ids == ours.encode(text)
 
 
+def test_a_vocabulary_may_lack_bytes_that_no_text_of_its_had(tiny, tmp_path):
+    """As SmolLM2's does; such a text is refused, where others would drop the character."""
+    tiny.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(path.read_text())
+    del document["model"]["vocab"][to_text(b"\x04")]
+    path.write_text(json.dumps(document))
+    tok = tokenizer.load(path)
+    assert tok.encode(TEXT) == tiny.encode(TEXT)
+    with pytest.raises(InputError, match=r"the text has '\\x04' \(U\+0004\), whose bytes the vocabulary lacks"):
+        tok.encode("a\x04b")
+
+
 def test_extra_tokens_beside_qwen_tiktoken_follow_its_control_tokens(tiny, tmp_path):
     path = write_ranks(tiny, tmp_path / "qwen.tiktoken")
     size = tiny.regular_size + 208
@@ -244,7 +257,7 @@ def broken(tiny, folder, what):
         ("json: strips", "added token 1: '<|im_start|>' has lstrip set"),
         ("json: normalizer", "tokenizer.json: normalizer is 'Lowercase'; readable are NFC and none"),
         ("json: pre_tokenizer", "tokenizer.json: pre_tokenizer is"),
-        ("json: no byte", "the vocabulary lacks byte 0x21"),
+        ("json: no byte", "tokenizer.json: the vocabulary lacks the byte b'!' and 0 other"),
     ],
 )
 def test_malformed_files_are_told_in_one_line(tiny, tmp_path, what, message):
