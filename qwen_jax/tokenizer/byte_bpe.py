@@ -72,15 +72,17 @@ class ByteBPE(Tokenizer):
         """Encodes one piece, as it is."""
         return self._numbered(self._uncut.encode_ordinary(piece))
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, *, chat_template: str | None = None) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read.
 
         Each file appears whole or not at all. Merges are derived from the order of the tokens.
 
         Args:
             folder: made if it is missing; other files in it are left alone.
+            chat_template: a Jinja template for other programs, such as `chat.jinja` gives; by default, the one the
+                tokenizer was loaded with, if any.
         """
-        writing.write(self, folder)
+        writing.write(self, folder, chat_template)
 
     @functools.cached_property
     def _ids(self) -> list[int] | None:

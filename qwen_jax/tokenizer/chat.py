@@ -12,7 +12,9 @@ from typing import Any
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import controls
 from qwen_jax.tokenizer.face import Tokenizer, check_encodable
-from qwen_jax.tokenizer.templates import SYSTEM_PROMPTS, Message, Part, conversation, generation_prompt
+from qwen_jax.tokenizer.templates import SYSTEM_PROMPTS, Message, Part, conversation, generation_prompt, jinja
+
+__all__ = ["LOSSES", "SYSTEM_PROMPTS", "jinja", "render"]
 
 LOSSES = ("assistant", "qwen-finetune", "last-turn")
 

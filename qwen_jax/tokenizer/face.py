@@ -27,9 +27,11 @@ class Tokenizer(abc.ABC):
         special_tokens: the id of each control token by name, in order of id.
         shown: the control tokens that `decode(skip_special=True)` keeps.
         adds_space: whether encoding puts a space before every text (SentencePiece models of others).
+        chat_template: the Jinja template that the files came with; kept for other programs, never run here.
     """
 
     adds_space = False
+    chat_template: str | None = None
 
     def __init__(
         self, spellings: dict[int, bytes], special_tokens: dict[str, int], *, shown: Collection[str] = controls.SHOWN
@@ -182,7 +184,7 @@ class Tokenizer(abc.ABC):
         return [self.special_tokens[part] if i % 2 else part for i, part in enumerate(parts) if part]
 
     @abc.abstractmethod
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, *, chat_template: str | None = None) -> None:
         """Writes the tokenizer where `load` finds it."""
 
     @abc.abstractmethod

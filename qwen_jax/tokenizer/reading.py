@@ -39,17 +39,30 @@ def load(path: str | os.PathLike, *, generation: str | None = None) -> Tokenizer
         path = _main_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer file or folder")
+    tok = _read(path, generation)
+    tok.chat_template = _chat_template(path.parent)
+    return tok
+
+
+def _read(path: pathlib.Path, generation: str | None) -> Tokenizer:
     if path.suffix == ".tiktoken":
         return _read_ranks(path, generation or "qwen")
     if path.name == "vocab.json":
         return _read_vocabulary_and_merges(path.parent, generation)
-    if path.suffix == ".json":
-        if generation is not None:
-            raise InputError(f"{path}: lists its own control tokens; leave out generation={generation!r}")
-        return _read_document(path)
-    if path.suffix == ".model":
-        return sentence_piece.read(path, listed_controls(path.parent))
-    raise InputError(f"{path}: a tokenizer file ends in .tiktoken, .json or .model")
+    if path.suffix not in (".json", ".model"):
+        raise InputError(f"{path}: a tokenizer file ends in .tiktoken, .json or .model")
+    if generation is not None:
+        raise InputError(f"{path}: lists its own control tokens; leave out generation={generation!r}")
+    return _read_document(path) if path.suffix == ".json" else sentence_piece.read(path, listed_controls(path.parent))
+
+
+def _chat_template(folder: pathlib.Path) -> str | None:
+    """The folder's chat template: a file of its own in newer checkpoints, a field of the config in older ones."""
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -75,25 +75,29 @@ class SentencePiece(Tokenizer):
         spelt = super().decode_bytes(ids, skip_special=skip_special)
         return spelt[1:] if self.adds_space and not continued and spelt.startswith(b" ") else spelt
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike, *, chat_template: str | None = None) -> None:
         """Writes `tokenizer.model` and `tokenizer_config.json`, which `load` reads; each appears whole or not at all.
 
         Args:
             folder: made if it is missing; other files in it are left alone.
+            chat_template: as in `ByteBPE.save`.
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         flags = {"legacy": False, "add_bos_token": False, "add_eos_token": False}
         writing.write_whole(
-            folder / "tokenizer_config.json", writing.as_json(writing.config(self, "LlamaTokenizer") | flags)
+            folder / "tokenizer_config.json",
+            writing.as_json(writing.config(self, chat_template, "LlamaTokenizer") | flags),
         )
         writing.write_whole(folder / "tokenizer.model", self.model)
 
     def __getstate__(self) -> dict:
-        return {"model": self.model, "special_tokens": self.special_tokens, "shown": self.shown}
+        names = ("model", "special_tokens", "shown", "chat_template")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["model"], state["special_tokens"], shown=state["shown"])
+        self.chat_template = state["chat_template"]
 
 
 def read(path: pathlib.Path, listed: dict[str, tuple[int, bool]] | None) -> SentencePiece:

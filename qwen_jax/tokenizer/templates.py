@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qwen_jax.tokenizer import controls
+
 Message = Mapping[str, Any]
 
 SYSTEM_PROMPTS = {
@@ -81,6 +83,38 @@ def generation_prompt(generation: str, enable_thinking: bool) -> Iterator[Part]:
     yield from _header("assistant")
     if generation == "qwen3" and not enable_thinking:
         yield Part(_EMPTY_THOUGHT)
+
+
+def jinja(generation: str) -> str:
+    """A Jinja template of plain conversations, for other programs that run a model trained here.
+
+    It knows neither tools nor, for Qwen3, the thinking of the last answer: prompts need neither. Programs that use it
+    parse control tokens in what messages say; `chat.render` does not.
+
+    Args:
+        generation: whose conversation format.
+
+    Raises:
+        InputError: an unknown generation.
+    """
+    controls.table(generation)
+    system, content, thought = SYSTEM_PROMPTS[generation], "message.content", ""
+    if generation == "qwen3":
+        content = (
+            "(message.content.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else message.content)"
+        )
+        thought = (
+            "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        )
+    default = f"{{{{ '<|im_start|>system\\n{system}<|im_end|>\\n' }}}}"
+    return (
+        ("{% if messages[0].role != 'system' %}" + default + "{% endif %}" if system else "")
+        + "{% for message in messages %}"
+        + f"{{{{ '<|im_start|>' + message.role + '\\n' + {content} + '<|im_end|>\\n' }}}}"
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        + thought
+        + "{% endif %}"
+    )
 
 
 def _header(role: str) -> Iterator[Part]:

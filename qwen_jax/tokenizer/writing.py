@@ -10,16 +10,17 @@ from qwen_jax.tokenizer.alphabet import to_text
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
-def write(tokenizer, folder: str | os.PathLike) -> None:
+def write(tokenizer, folder: str | os.PathLike, chat_template: str | None) -> None:
     """Writes both files of a `ByteBPE` tokenizer; see `ByteBPE.save`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "tokenizer_config.json", as_json(config(tokenizer)))
+    write_whole(folder / "tokenizer_config.json", as_json(config(tokenizer, chat_template)))
     write_whole(folder / "tokenizer.json", json.dumps(_document(tokenizer), ensure_ascii=False))
 
 
-def config(tokenizer, tokenizer_class: str = "Qwen2Tokenizer") -> dict:
-    """The `tokenizer_config.json` of a tokenizer: its control tokens, and which of them end and pad a text."""
+def config(tokenizer, chat_template: str | None, tokenizer_class: str = "Qwen2Tokenizer") -> dict:
+    """The `tokenizer_config.json` of a tokenizer: control tokens, which of them end and pad a text, chat template."""
+    chat_template = chat_template or tokenizer.chat_template
     names = tokenizer.special_tokens
     end_of_text = "<|endoftext|>" if "<|endoftext|>" in names else None
     return {
@@ -32,6 +33,7 @@ def config(tokenizer, tokenizer_class: str = "Qwen2Tokenizer") -> dict:
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
+        **({"chat_template": chat_template} if chat_template else {}),
     }
 
 

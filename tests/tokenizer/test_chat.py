@@ -233,6 +233,17 @@ def test_control_tokens_a_vocabulary_lacks_are_spelt_out(tiny):
     assert tiny.decode(ids).endswith(turn("assistant", "<think>\n\n</think>\n\noh, hello"))
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_template_for_other_programs_gives_the_same_prompts(tiny3, generation):
+    jinja2 = pytest.importorskip("jinja2", reason="jinja2 runs the template")
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat.jinja(generation))
+    thinking = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nwell" if generation == "qwen3" else "well"}
+    for messages in ([USER], [{"role": "system", "content": "Be brief."}, USER, thinking, USER]):
+        for switch in [{}, {"enable_thinking": False}] if generation == "qwen3" else [{}]:
+            ids, _ = chat.render(messages, tiny3, generation=generation, add_generation_prompt=True, **switch)
+            assert template.render(messages=messages, add_generation_prompt=True, **switch) == tiny3.decode(ids)
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [

@@ -65,6 +65,16 @@ def test_saving_and_loading_keeps_everything(tiny3, tmp_path):
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_chat_template_is_carried_along(tiny, tmp_path):
+    tiny.save(tmp_path / "a", chat_template="{{ a }}")
+    tok = tokenizer.load(tmp_path / "a")
+    assert tok.chat_template == "{{ a }}" and tiny.chat_template is None
+    tok.save(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["chat_template"] == "{{ a }}"
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ b }}")
+    assert tokenizer.load(tmp_path / "b").chat_template == "{{ b }}"
+
+
 def test_a_failed_save_leaves_the_old_file(tiny, tmp_path, monkeypatch):
     tiny.save(tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()
