@@ -1,0 +1,171 @@
+"""The sampling loop as pure functions: read the prompts, then one token a step until every row has stopped.
+
+Shapes: B rows, T prompt slots, M answer slots, S = T + M cache slots, L layers, D model width, K kv heads, H head dim,
+V vocabulary, E stop ids.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.config import QwenConfig
+from qwen_jax.models import Decoder, KVCache
+from qwen_jax.ops import sampling
+from qwen_jax.rollout.choice import Knobs, Plan, Seen, choose
+from qwen_jax.sharding import Layout, constrain
+
+NO_TOKEN = -1  # fills the list of stop ids; equal to no token
+
+
+class Request(NamedTuple):
+    """What a program takes beside the weights. Nothing here is compiled in but the shapes.
+
+    Attributes:
+      tokens: [B, T] int32 left-padded prompts.
+      lengths: [B] int32 their lengths, 0 for rows that only fill the batch.
+      key: row i draws with fold_in(key, first_row + i).
+      first_row: scalar int32.
+      stop_ids: [E] int32; a row ends with the first of these that it samples.
+      limit: scalar int32, at most M tokens a row.
+      knobs: values of the sampling.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    key: jax.Array
+    first_row: jax.Array
+    stop_ids: jax.Array
+    limit: jax.Array
+    knobs: Knobs
+
+
+class State(NamedTuple):
+    """Everything that changes between two tokens.
+
+    Attributes:
+      step: scalar int32, how many tokens each unfinished row has.
+      cache: keys and values of what the model has read: all but the last token.
+      token: [B] int32 the last token of each row.
+      done: [B] bool.
+      seen: what the penalties need.
+      tokens: [B, M] int32, 0 behind the end of an answer.
+      log_probs, sampling_log_probs: [B, M] float32, 0 behind the end.
+      lengths: [B] int32 tokens so far.
+    """
+
+    step: jax.Array
+    cache: KVCache
+    token: jax.Array
+    done: jax.Array
+    seen: Seen
+    tokens: jax.Array
+    log_probs: jax.Array
+    sampling_log_probs: jax.Array
+    lengths: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What is compiled in: one program for each of these and each shape.
+
+    Attributes:
+      config: the model, as its decoder for sampling runs it.
+      layout: mesh and rules.
+      plan: the steps of sampling.
+      slots: M, room for the answer.
+    """
+
+    config: QwenConfig
+    layout: Layout
+    plan: Plan
+    slots: int
+
+    def start(self, weights: dict, request: Request) -> State:
+        """Reads the prompts in one pass and samples the first token of every row."""
+        B, T = request.tokens.shape
+        real_BT = jnp.arange(T)[None, :] >= T - request.lengths[:, None]
+        positions_BT = jnp.maximum(jnp.arange(T)[None, :] - (T - request.lengths[:, None]), 0)
+        # A cache of exactly the prompts' size, so that no query meets a slot that is sure to be empty.
+        cache = self._empty_cache(B, T)
+        layout = self.layout
+        tokens_BT = constrain(request.tokens, ("batch", "length"), layout)
+        hidden_BTD, cache = self._read(weights, tokens_BT, positions_BT, real_BT.astype(jnp.int32), cache, layout)
+        nothing_BM = jnp.zeros((B, self.slots), jnp.float32)
+        state = State(
+            step=jnp.int32(0),
+            cache=self._room_for_the_answer(cache),
+            token=jnp.zeros(B, jnp.int32),
+            done=request.lengths == 0,
+            seen=Seen.of_prompts(self.plan, request.tokens, real_BT, self.config.vocab_size),
+            tokens=nothing_BM.astype(jnp.int32),
+            log_probs=nothing_BM,
+            sampling_log_probs=nothing_BM,
+            lengths=jnp.zeros(B, jnp.int32),
+        )
+        return self._sample(state, hidden_BTD[:, -1], weights, request)
+
+    def advance(self, weights: dict, request: Request, state: State, until: jax.Array) -> State:
+        """Goes on until every row has stopped or has `until` tokens."""
+
+        def unfinished(state):
+            return (state.step < jnp.minimum(until, request.limit)) & ~jnp.all(state.done)
+
+        def step(state):
+            positions_B1 = (request.lengths + state.step - 1)[:, None]
+            alive_B1 = (~state.done).astype(jnp.int32)[:, None]
+            hidden_B1D, cache = self._read(
+                weights, state.token[:, None], positions_B1, alive_B1, state.cache, self._one_token_layout()
+            )
+            return self._sample(state._replace(cache=cache), hidden_B1D[:, 0], weights, request)
+
+        return jax.lax.while_loop(unfinished, step, state)
+
+    def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, layout):
+        decoder = Decoder(self.config, layout, fused=True)
+        return decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache)
+
+    def _sample(self, state: State, hidden_BD: jax.Array, weights: dict, request: Request) -> State:
+        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
+        # The vocabulary is gathered here: a row of logits is small, and every filter needs all of it.
+        logits_BV = constrain(logits_BV, ("batch", None), self.layout)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(request.key, row), state.step))(
+            request.first_row + jnp.arange(hidden_BD.shape[0])
+        )
+        token_B, sampling_log_prob_B = choose(logits_BV, state.seen, keys_B, self.plan, request.knobs)
+        log_prob_B = sampling.log_probs_of(logits_BV, token_B)
+        put = lambda into_BM, new_B: jax.lax.dynamic_update_slice_in_dim(
+            into_BM, jnp.where(state.done, 0, new_B).astype(into_BM.dtype)[:, None], state.step, axis=1
+        )
+        stopped_B = jnp.any(token_B[:, None] == request.stop_ids[None, :], axis=1)
+        return State(
+            step=state.step + 1,
+            cache=state.cache,
+            token=token_B,
+            done=state.done | stopped_B,
+            seen=state.seen.add(token_B),
+            tokens=put(state.tokens, token_B),
+            log_probs=put(state.log_probs, log_prob_B),
+            sampling_log_probs=put(state.sampling_log_probs, sampling_log_prob_B),
+            lengths=state.lengths + ~state.done,
+        )
+
+    def _one_token_layout(self) -> Layout:
+        """The layout of a single token, whose length cannot be split."""
+        return Layout(self.layout.mesh, dataclasses.replace(self.layout.rules, length=()))
+
+    def _empty_cache(self, B: int, S: int) -> KVCache:
+        c = self.config
+        shape_BKSH = (B, c.num_key_value_heads, S, c.head_dim)
+        axes = ("batch", "kv_heads", None, "head_dim")
+        slots_BKSH = constrain(jnp.zeros(shape_BKSH, jnp.dtype(c.dtype)), axes, self.layout)
+        L = c.num_hidden_layers
+        kv = jnp.broadcast_to(slots_BKSH[None], (L, *shape_BKSH)) if c.scan_layers else (slots_BKSH,) * L
+        empty_BS = jnp.zeros((B, S), jnp.int32)
+        return KVCache(kv, kv, empty_BS, empty_BS, jnp.int32(0))
+
+    def _room_for_the_answer(self, cache: KVCache) -> KVCache:
+        more = lambda x, axis: jnp.pad(x, [(0, self.slots if i == axis % x.ndim else 0) for i in range(x.ndim)])
+        k, v = jax.tree.map(lambda x: more(x, -2), (cache.k, cache.v))
+        return KVCache(k, v, more(cache.positions, 1), more(cache.segment_ids, 1), cache.index)

@@ -1,0 +1,221 @@
+"""Prompts in, completions out: what users call.
+
+Shapes: N prompts, B rows (N and what fills the batch), M answer slots.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qwen_jax import models, sharding
+from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
+from qwen_jax.rollout import prompts as inputs
+from qwen_jax.rollout.choice import plan
+from qwen_jax.rollout.decoding import NO_TOKEN, Engine, Request
+from qwen_jax.sharding import Layout
+
+ONE_DEVICE = Layout()
+
+# Weights whole on every device but for the tensor axis, so that no step gathers them. With the rules of training,
+# `generate` gathers each weight at each token: slow, but it needs no more memory than training.
+DECODE_RULES = sharding.Rules(embed=())
+
+
+class Completions(NamedTuple):
+    """What was sampled.
+
+    Attributes:
+      tokens: [N, max_new_tokens] int32, the stop id included, 0 behind it.
+      log_probs: [N, max_new_tokens] float32, log-probability of each token under the policy itself: temperature 1, no
+        penalty, no filter, all V rows of the vocabulary. That is what `models.sequence_log_probs` gives for prompt and
+        answer, so it is the old log-probability of a policy gradient. 0 behind the end.
+      lengths: [N] int32, tokens of each answer, the stop id counted.
+      sampling_log_probs: [N, max_new_tokens] float32, log-probability in the distribution the token was drawn from,
+        after penalties, temperature, filters and without padded rows; 0 if greedy. An importance weight of the policy
+        over what was sampled is exp(log_probs - sampling_log_probs). 0 behind the end.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    lengths: jax.Array
+    sampling_log_probs: jax.Array
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Weights as sampling reads them, from `prepare`. Takes the place of params in `generate` and `stream`.
+
+    Attributes:
+      config: the model, as its decoder for sampling runs it.
+      layout: where the weights are; the calls that are given these weights use it too.
+      weights: the tree of `models.fuse`.
+    """
+
+    config: QwenConfig
+    layout: Layout
+    weights: dict
+
+
+def prepare(config: QwenConfig, params: dict, *, layout: Layout = ONE_DEVICE, unroll: bool = True) -> Prepared:
+    """Lays weights out for decoding, once for many calls: fused, in config.dtype, on the devices that use them.
+
+    `generate` does so itself when it is given params; a chat, or several calls with the same weights, save that time.
+
+    Args:
+      config, params, layout, unroll: as in `generate`.
+    """
+    config = config.replace(scan_layers=not unroll, remat="none")
+    return Prepared(config, layout, _fuser(config, layout)(params))
+
+
+@functools.lru_cache(maxsize=32)
+def _fuser(config: QwenConfig, layout: Layout):
+    fuse = functools.partial(models.fuse, config)
+    if layout.mesh is None:
+        return jax.jit(fuse)
+    shapes = jax.eval_shape(fuse, models.abstract(config))
+    axes = models.fused_axes(config, models.axes(config))
+    return jax.jit(fuse, out_shardings=sharding.tree_shardings(axes, shapes, layout))
+
+
+def generate(
+    config: QwenConfig,
+    params: dict | Prepared,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    stop_ids: Sequence[int] = (),
+    num_tokens: int | None = None,
+    first_row: int = 0,
+    layout: Layout = ONE_DEVICE,
+    unroll: bool = True,
+) -> Completions:
+    """Answers every prompt: one program reads them all, then samples token by token until all rows have stopped.
+
+    An answer depends on its prompt, `key` and its row only: not on the other prompts, their number, the padding or the
+    mesh. (As far as floating point goes: sums taken in another order can flip a choice between equals.)
+
+    Programs are compiled per bucket of prompt length, batch size, number of stop ids and max_new_tokens
+    (`prompts.bucket`), per top_k and per set of filters that are on; other values compile nothing new.
+
+    Args:
+      config: the model.
+      params: its parameters, or `prepare` of them.
+      prompts: lists of ids, of any lengths.
+      key: row i draws with fold_in(key, first_row + i).
+      max_new_tokens: an answer ends here if no stop id came.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_p, top_k, min_p, repetition_penalty, presence_penalty: see `ops.sampling`. top_k 0 is off.
+      stop_ids: any of these ends an answer.
+      num_tokens: the tokenizer's vocab_size; the model's rows from there on are padding and never sampled. All rows
+        are tokens if None.
+      first_row: the row number of prompts[0]; lets a long list be answered in pieces as if it were one.
+      layout: mesh and rules; DECODE_RULES suit decoding. In a multi-host run all processes pass the same prompts.
+      unroll: compile every layer of its own: faster steps, compile time that grows with depth. False compiles one.
+
+    Returns:
+      Completions, whole on every device.
+
+    Raises:
+      InputError: an empty or too long prompt, an unknown id, a value out of range; the message names it.
+    """
+    engine, weights, request = _begin(
+        config, params, prompts, key,
+        max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=first_row,
+        layout=layout, unroll=unroll, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+    )  # fmt: skip
+    N, M = len(prompts), max_new_tokens
+    return Completions(*(x[:N] if x.ndim == 1 else x[:N, :M] for x in _run(engine, weights, request)))
+
+
+def stream(
+    config: QwenConfig,
+    params: dict | Prepared,
+    prompt: Sequence[int],
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    num_tokens: int | None = None,
+    layout: Layout = ONE_DEVICE,
+    unroll: bool = True,
+    **sampling: float,
+) -> Iterator[int]:
+    """Answers one prompt, token by token: those of `generate(config, params, [prompt], key, ...)`, as they come.
+
+    Args:
+      prompt: a list of ids; everything else, `sampling` included (temperature, top_p, ...), as in `generate`.
+
+    Returns:
+      The ids, lazily; a stop id is the last of them. It may be dropped at any point. Give it `prepare`d weights.
+
+    Raises:
+      InputError: as `generate`, before the first token is asked for.
+    """
+    engine, weights, request = _begin(
+        config, params, [prompt], key,
+        max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=0,
+        layout=layout, unroll=unroll, **sampling,
+    )  # fmt: skip
+
+    def tokens():
+        state = _start(engine, weights, request)
+        yield int(state.token[0])
+        for count in range(2, max_new_tokens + 1):
+            if state.done[0]:
+                return
+            state = _advance(engine, weights, request, state, np.int32(count))
+            yield int(state.token[0])
+
+    return tokens()
+
+
+def _begin(config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, **knobs):
+    """Checks a request and puts it on the devices. Returns the engine, its weights, and the request."""
+    size = config.vocab_size if num_tokens is None else num_tokens
+    lists = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
+    steps, knobs = plan(num_tokens=size, **knobs)
+    if not isinstance(params, Prepared):
+        params = prepare(config, params, layout=layout, unroll=unroll)
+    elif params.config != config.replace(scan_layers=params.config.scan_layers, remat="none"):
+        raise InputError("config is not the one that the weights were prepared with; prepare them again")
+    layout = params.layout
+    padded = inputs.pad(lists, rows=layout.size("batch"), slots=layout.size("length"))
+    stops = np.full(inputs.bucket(len(stop_ids)), NO_TOKEN, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    request = Request(*padded, key, np.int32(first_row), stops, np.int32(max_new_tokens), knobs)
+    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST))
+    return engine, params.weights, request
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def _run(engine: Engine, weights: dict, request: Request):
+    state = engine.start(weights, request)
+    state = engine.advance(weights, request, state, request.limit)
+    answers = (state.tokens, state.log_probs, state.lengths, state.sampling_log_probs)
+    if engine.layout.mesh is None:
+        return answers
+    return jax.lax.with_sharding_constraint(answers, sharding.replicated(engine.layout))
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def _start(engine: Engine, weights: dict, request: Request):
+    return engine.start(weights, request)
+
+
+@functools.partial(jax.jit, static_argnames="engine", donate_argnames="state")
+def _advance(engine: Engine, weights: dict, request: Request, state, until: jax.Array):
+    return engine.advance(weights, request, state, until)
