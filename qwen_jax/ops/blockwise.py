@@ -1,0 +1,268 @@
+"""Blockwise attention: a softmax taken one block of keys at a time, so that no T x S array ever exists.
+
+Forward: the online softmax of Milakov & Gimelshein (arXiv:1805.02867) as used by FlashAttention-2 (arXiv:2307.08691,
+algorithm 1). Backward: its algorithm 2, with query blocks outside, keys' gradients accumulated in place.
+
+Which blocks are computed is decided at run time: from the least and greatest (segment, position) of every block follows
+the range of key blocks that a query block can see; the inner loop runs over that range only. On ordinary rows the
+upper triangle, padding, other documents of a packed row and the unwritten slots of a cache cost nothing; on any other
+input the exact mask inside a block still decides.
+
+Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim; I query blocks of P positions,
+J key blocks of C positions; R = G*P, the rows of a query block that share a kv head (folded, so that every product is
+a plain batched matrix product: no keys are repeated).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+NEG_INF = -1e30  # finite, so that a row without any key gives zeros and not NaN
+FLOOR = 0.1 * NEG_INF  # running peaks start here: above a masked logit, whose exponential is then 0, below any other
+NO_POSITION = jnp.iinfo(jnp.int32)
+RESIDUALS = "attention"  # checkpoint name of out and logsumexp: a remat policy that saves it spares a second forward
+
+
+class Spec(NamedTuple):
+    """What is known before tracing: scale of the logits, causal or not, positions per query block and key block."""
+
+    scale: float
+    causal: bool
+    block_q: int
+    block_k: int
+
+
+class Blocks(NamedTuple):
+    """Positions and segment ids cut into blocks.
+
+    The last block is shifted back to end with the array instead of being padded; what it repeats of the block before
+    is `stale` and has segment id 0, so it is neither computed twice nor counted twice.
+
+    Attributes:
+      starts: [I] int32, index of the first position of each block.
+      positions, segment_ids: [I, B, P] int32.
+      stale: [I, P] bool.
+    """
+
+    starts: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    stale: jax.Array
+
+
+def block_size(length: int, most: int) -> int:
+    """Returns the size that cuts `length` into the fewest blocks of at most `most`, all about equally full.
+
+    A multiple of 8 where more than one block is needed: vector registers.
+    """
+    count = -(-length // most)
+    return length if count == 1 else min(most, -(-length // (8 * count)) * 8)
+
+
+def blockwise(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, spec: Spec):
+    """Attention under the contract of `ops.attention.attention`; memory linear in T and S, forward and backward.
+
+    Both outputs are differentiable with respect to q, k and v (reverse mode). Inside `shard_map` the inputs may vary
+    over different axes (queries split over `context`, keys whole): gradients of the keys are summed as they should.
+
+    Args:
+      q_BTNH: queries; K divides N.
+      k_BSKH, v_BSKH: keys and values.
+      q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS: int32, any values.
+      spec: block_q at most T, block_k at most S.
+
+    Returns:
+      out_BTNH in the type of q; logsumexp_BTN float32.
+    """
+    arrays = (q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS)
+    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    return _blockwise(*(jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying") for x in arrays), spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _blockwise(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, spec):
+    queries = _cut(q_positions_BT, q_segment_ids_BT, spec.block_q)
+    keys = _cut(kv_positions_BS, kv_segment_ids_BS, spec.block_k)
+    return _forward(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec)
+
+
+def _blockwise_forward(*args):
+    out_BTNH, logsumexp_BTN = (checkpoint_name(x, RESIDUALS) for x in _blockwise(*args))
+    return (out_BTNH, logsumexp_BTN), (*args[:7], out_BTNH, logsumexp_BTN)
+
+
+def _blockwise_backward(spec, residuals, cotangents):
+    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, *outputs = residuals
+    queries = _cut(q_positions_BT, q_segment_ids_BT, spec.block_q)
+    keys = _cut(kv_positions_BS, kv_segment_ids_BS, spec.block_k)
+    return *_backward(q_BTNH, k_BSKH, v_BSKH, *outputs, *cotangents, queries, keys, spec), None, None, None, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _forward(q_BTNH, k_BSKH, v_BSKH, queries: Blocks, keys: Blocks, spec: Spec):
+    B, T, N, H = q_BTNH.shape
+    K, P, G = k_BSKH.shape[2], spec.block_q, N // k_BSKH.shape[2]
+    first_I, last_I = _range(queries, keys, spec.causal)
+
+    def query_block(i, outputs):
+        q_BKRH = _rows(q_BTNH, queries.starts[i], P, K)
+
+        def key_block(j, state):
+            acc_BKRH, total_BKR1, peak_BKR1 = state
+            logits_BKRC = _logits(q_BKRH, _keys(k_BSKH, keys.starts[j], spec), queries, keys, i, j, spec)
+            new_BKR1 = jnp.maximum(peak_BKR1, jnp.max(logits_BKRC, axis=-1, keepdims=True))
+            weights_BKRC, shrink_BKR1 = jnp.exp(logits_BKRC - new_BKR1), jnp.exp(peak_BKR1 - new_BKR1)
+            total_BKR1 = total_BKR1 * shrink_BKR1 + jnp.sum(weights_BKRC, axis=-1, keepdims=True)
+            v_BKCH = _keys(v_BSKH, keys.starts[j], spec)
+            acc_BKRH = acc_BKRH * shrink_BKR1 + _product("BKRC,BKCH->BKRH", weights_BKRC, v_BKCH)
+            return acc_BKRH, total_BKR1, new_BKR1
+
+        init = (_full((B, K, G * P, H), 0.0, q_BTNH), *(_full((B, K, G * P, 1), x, q_BTNH) for x in (0.0, FLOOR)))
+        acc_BKRH, total_BKR1, peak_BKR1 = jax.lax.fori_loop(first_I[i], last_I[i], key_block, init)
+        # A row that sees no key sums to 0; its logsumexp is NEG_INF, the weight it has when outputs are merged.
+        empty_BKR1 = total_BKR1 == 0.0
+        safe_BKR1 = jnp.where(empty_BKR1, 1.0, total_BKR1)
+        logsumexp_BKR1 = jnp.where(empty_BKR1, NEG_INF, peak_BKR1 + jnp.log(safe_BKR1))
+        blocks = (acc_BKRH / safe_BKR1, logsumexp_BKR1)
+        return tuple(_put(x, block, queries, i) for x, block in zip(outputs, blocks, strict=True))
+
+    init = (_full(q_BTNH.shape, 0.0, q_BTNH, q_BTNH.dtype), _full((B, T, N, 1), 0.0, q_BTNH))
+    out_BTNH, logsumexp_BTN1 = jax.lax.fori_loop(0, queries.starts.size, query_block, init)
+    return out_BTNH, logsumexp_BTN1[..., 0]
+
+
+def _backward(
+    q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logsumexp_BTN, queries: Blocks, keys: Blocks, spec
+):
+    B, S, K, H = k_BSKH.shape
+    P, R = spec.block_q, spec.block_q * q_BTNH.shape[2] // K
+    first_I, last_I = _range(queries, keys, spec.causal)
+
+    def query_block(i, grads):
+        dq_BTNH, dk_BKSH, dv_BKSH = grads
+        q_BKRH, out_BKRH, d_out_BKRH = (_rows(x, queries.starts[i], P, K) for x in (q_BTNH, out_BTNH, d_out_BTNH))
+        peak_BKR1, d_logsumexp_BKR1 = (
+            _rows(x[..., None], queries.starts[i], P, K) for x in (logsumexp_BTN, d_logsumexp_BTN)
+        )
+        peak_BKR1 = jnp.maximum(peak_BKR1, FLOOR)  # rows that see nothing: weights 0, as in the forward
+        overlap_BKRH = out_BKRH.astype(jnp.float32) * d_out_BKRH
+        shift_BKR1 = jnp.sum(overlap_BKRH, axis=-1, keepdims=True) - d_logsumexp_BKR1
+
+        def key_block(j, state):
+            dq_BKRH, dk_BKSH, dv_BKSH = state
+            k_BKCH, v_BKCH = (_keys(x, keys.starts[j], spec) for x in (k_BSKH, v_BSKH))
+            weights_BKRC = jnp.exp(_logits(q_BKRH, k_BKCH, queries, keys, i, j, spec) - peak_BKR1)
+            d_weights_BKRC = _product("BKRH,BKCH->BKRC", d_out_BKRH, v_BKCH)
+            d_logits_BKRC = weights_BKRC * (d_weights_BKRC - shift_BKR1) * spec.scale
+            dq_BKRH += _product("BKRC,BKCH->BKRH", d_logits_BKRC, k_BKCH)
+            dk_BKSH = _add(dk_BKSH, _product("BKRC,BKRH->BKCH", d_logits_BKRC, q_BKRH), keys.starts[j])
+            dv_BKSH = _add(dv_BKSH, _product("BKRC,BKRH->BKCH", weights_BKRC, d_out_BKRH), keys.starts[j])
+            return dq_BKRH, dk_BKSH, dv_BKSH
+
+        init = (_full((B, K, R, H), 0.0, q_BTNH), dk_BKSH, dv_BKSH)
+        dq_BKRH, dk_BKSH, dv_BKSH = jax.lax.fori_loop(first_I[i], last_I[i], key_block, init)
+        return _put(dq_BTNH, dq_BKRH, queries, i), dk_BKSH, dv_BKSH
+
+    init = _full(q_BTNH.shape, 0.0, q_BTNH, q_BTNH.dtype), *(_full((B, K, S, H), 0.0, q_BTNH) for _ in range(2))
+    dq_BTNH, dk_BKSH, dv_BKSH = jax.lax.fori_loop(0, queries.starts.size, query_block, init)
+    dk_BSKH, dv_BSKH = (jnp.moveaxis(x, 1, 2) for x in (dk_BKSH, dv_BKSH))
+    return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
+
+
+def _product(subscripts: str, left, right):
+    """Batched matrix product in the type of `right`, the stored operand, accumulated in float32."""
+    return jnp.einsum(subscripts, left.astype(right.dtype), right, preferred_element_type=jnp.float32)
+
+
+def _logits(q_BKRH, k_BKCH, queries: Blocks, keys: Blocks, i, j, spec: Spec):
+    """Scaled logits of one pair of blocks, NEG_INF where the query may not see the key."""
+    logits_BKRC = _product("BKRH,BKCH->BKRC", q_BKRH, k_BKCH) * spec.scale
+    B, K, R, C = logits_BKRC.shape
+    q_segment_ids_BP = queries.segment_ids[i]
+    mask_BPC = q_segment_ids_BP[:, :, None] == keys.segment_ids[j][:, None, :]
+    mask_BPC &= (q_segment_ids_BP != 0)[:, :, None]
+    if spec.causal:
+        mask_BPC &= keys.positions[j][:, None, :] <= queries.positions[i][:, :, None]
+    logits_BKGPC = logits_BKRC.reshape(B, K, R // spec.block_q, spec.block_q, C)
+    return jnp.where(mask_BPC[:, None, None], logits_BKGPC, NEG_INF).reshape(B, K, R, C)
+
+
+def _cut(positions_BT, segment_ids_BT, size: int) -> Blocks:
+    T = positions_BT.shape[1]
+    wanted_I = jnp.arange(-(-T // size), dtype=jnp.int32) * size
+    starts_I = jnp.minimum(wanted_I, T - size)
+    index_IP = starts_I[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
+    stale_IP = index_IP < wanted_I[:, None]
+    positions_IBP, segment_ids_IBP = (jnp.moveaxis(x[:, index_IP], 0, 1) for x in (positions_BT, segment_ids_BT))
+    return Blocks(starts_I, positions_IBP, jnp.where(stale_IP[:, None, :], 0, segment_ids_IBP), stale_IP)
+
+
+def _range(queries: Blocks, keys: Blocks, causal: bool):
+    """Returns the first key block that each query block may see, and one past the last; int32 [I] each.
+
+    If a query sees a key, then the key's (segment, position) is not greater, in lexicographic order, than the query's.
+    So a block of keys whose least pair is greater than a block of queries' greatest pair is invisible to all of it,
+    and so is one whose range of segments lies apart.
+    """
+    (q_low_IB, _), (q_high_IB, q_latest_IB) = _least(queries), _greatest(queries)
+    (k_low_JB, k_earliest_JB), (k_high_JB, _) = _least(keys), _greatest(keys)
+    q_low_I1B, q_high_I1B, q_latest_I1B = (x[:, None] for x in (q_low_IB, q_high_IB, q_latest_IB))
+    k_low_1JB, k_earliest_1JB, k_high_1JB = (x[None] for x in (k_low_JB, k_earliest_JB, k_high_JB))
+    seen_IJB = (k_low_1JB <= q_high_I1B) & (q_low_I1B <= k_high_1JB)
+    if causal:
+        seen_IJB &= (k_low_1JB < q_high_I1B) | (k_earliest_1JB <= q_latest_I1B)
+    J = keys.starts.size
+    j_1J1 = jnp.arange(J, dtype=jnp.int32)[None, :, None]
+    return jnp.where(seen_IJB, j_1J1, J).min(axis=(1, 2)), jnp.where(seen_IJB, j_1J1 + 1, 0).max(axis=(1, 2))
+
+
+def _least(blocks: Blocks):
+    """Returns the least segment id of each block but for padding, and the least position in it; int32 [I, B] each."""
+    segments = jnp.where(blocks.segment_ids == 0, NO_POSITION.max, blocks.segment_ids)
+    least = segments.min(axis=-1, keepdims=True)
+    return least[..., 0], jnp.where(segments == least, blocks.positions, NO_POSITION.max).min(axis=-1)
+
+
+def _greatest(blocks: Blocks):
+    """Returns the greatest segment id of each block but for padding, and the greatest position in it."""
+    segments = jnp.where(blocks.segment_ids == 0, NO_POSITION.min, blocks.segment_ids)
+    greatest = segments.max(axis=-1, keepdims=True)
+    return greatest[..., 0], jnp.where(segments == greatest, blocks.positions, NO_POSITION.min).max(axis=-1)
+
+
+def _rows(x_BTNX, start, size: int, K: int):
+    """Cuts `size` positions out and folds the query heads of one kv head into rows: [B, K, G * size, X]."""
+    x_BPNX = jax.lax.dynamic_slice_in_dim(x_BTNX, start, size, axis=1)
+    B, P, N, X = x_BPNX.shape
+    return jnp.transpose(x_BPNX.reshape(B, P, K, N // K, X), (0, 2, 3, 1, 4)).reshape(B, K, N // K * P, X)
+
+
+def _keys(x_BSKH, start, spec: Spec):
+    return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x_BSKH, start, spec.block_k, axis=1), 2, 1)
+
+
+def _put(x_BTNX, block_BKRX, queries: Blocks, i):
+    """Inverse of `_rows`: writes block i, leaving alone what the block before has written."""
+    B, T, N, X = x_BTNX.shape
+    (P,), K, start = queries.stale.shape[1:], block_BKRX.shape[1], queries.starts[i]
+    block_BPNX = jnp.transpose(block_BKRX.reshape(B, K, N // K, P, X), (0, 3, 1, 2, 4)).reshape(B, P, N, X)
+    block_BPNX = block_BPNX.astype(x_BTNX.dtype)
+    if T % P:
+        old_BPNX = jax.lax.dynamic_slice_in_dim(x_BTNX, start, P, axis=1)
+        block_BPNX = jnp.where(queries.stale[i][None, :, None, None], old_BPNX, block_BPNX)
+    return jax.lax.dynamic_update_slice_in_dim(x_BTNX, block_BPNX, start, axis=1)
+
+
+def _add(x_BKSH, block_BKCH, start):
+    old_BKCH = jax.lax.dynamic_slice_in_dim(x_BKSH, start, block_BKCH.shape[2], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(x_BKSH, old_BKCH + block_BKCH, start, axis=2)
+
+
+def _full(shape, value: float, like, dtype=jnp.float32):
+    """A constant that varies over the manual mesh axes `like` varies over: the start of a loop over such values."""
+    return jnp.full_like(like, value, shape=shape, dtype=dtype)
