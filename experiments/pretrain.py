@@ -2,7 +2,7 @@
 
     python -m experiments.pretrain small --workdir runs/pretrain
 
-`small` trains a 1-million-parameter model on the text of 7,000 human chats on two CPU cores: about 2.5 minutes, from
+`small` trains a 1-million-parameter model on the text of 4,000 human chats on two CPU cores: about 2.5 minutes, from
 7.7 to about 4.3 nats per token on held-out chats. `smoke` takes seconds and needs no network.
 """
 

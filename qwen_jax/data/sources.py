@@ -11,7 +11,7 @@ def load(name: str, split: str) -> Sequence[list[dict[str, str]]]:
     """Returns the conversations of a split ("train", "validation", "test"), each a list of OpenAI messages.
 
     Args:
-      name: "chitchat", 7,000 chats between people, fetched from the package registry on first use; or "made-up", sums
+      name: "chitchat", 4,000 chats between people, fetched from the package registry on first use; or "made-up", sums
         asked and answered, made on the spot.
 
     Raises:

@@ -111,7 +111,10 @@ def load_params(
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
-            shapes = reader.metadata(path).item_metadata.tree["params"]
+            described = reader.metadata(path).item_metadata
+            if described is None:
+                raise ValueError("its list of arrays is missing or damaged")
+            shapes = described.tree["params"]
             places = shardings if shardings is not None else jax.tree.map(lambda _: first, shapes)
             structs = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places

@@ -182,18 +182,16 @@ class _Run:
                 f"checkpoints in {self.checkpoints.folder} are untouched; try a lower optimizer.peak_lr"
             )
 
-    def _evaluate(self, step: int, params) -> dict[str, float]:
+    def _evaluate(self, step: int, params) -> dict[str, float] | None:
         total, weight, sums = 0.0, 0.0, {}
         for batch in self.validation():
             loss = jax.device_get(self.program.eval_step(params, sharding.put(batch, self.batch_shardings)))
             total, weight = total + float(loss.total), weight + float(loss.weight)
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.metrics.items()}
-        if not weight or not np.isfinite(total):
-            raise InputError(
-                f"validation at step {step} gave {total} over {weight} targets; expected finite and more than 0"
-            )
+        if not weight:
+            raise InputError("the validation batches have no target to learn: every loss_mask is 0")
         scores = {"validation/loss": total / weight}
         scores |= {f"validation/{name}": value / weight for name, value in sums.items()}
         self.writer.write(step, scores)
         self.progress.say(f"step {step}: validation loss {scores['validation/loss']:.4f}")
-        return scores
+        return scores if np.isfinite(total) else None  # a loss that is not finite cannot rank a checkpoint

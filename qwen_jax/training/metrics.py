@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and one line (or a bar) for whoever is watching."""
 
 import json
+import math
 import pathlib
 import sys
 
@@ -21,9 +22,10 @@ class MetricsWriter:
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the scalars of one step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
+        """Records the scalars of one step; those that are not finite have no JSON and are left out."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in finite.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

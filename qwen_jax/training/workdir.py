@@ -35,7 +35,8 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
-    record = {"experiment": experiment, "recipe": recipe, "config": to_json(config)}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"experiment": experiment, "recipe": recipe, "config": to_json(config), "started": now, "argv": sys.argv}
     if path.exists():
         found = read(workdir)
         for name in ("experiment", "recipe"):
@@ -45,10 +46,10 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
         if difference:
             name, old, new = difference
             raise InputError(f"{path} holds {name} = {old!r}, this run wants {new!r}; use another --workdir")
+        record["started"] = found["started"]
     elif workdir.exists() and any(workdir.iterdir()):
         raise InputError(f"{workdir} is not empty and holds no config.json: not a run's folder; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    record |= {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "argv": sys.argv}
     record |= {"versions": versions(), "git": git_revision()}
     write_whole(path, json.dumps(record, indent=2))
     return workdir
@@ -63,8 +64,8 @@ def read(workdir: str | os.PathLike) -> dict:
     path = pathlib.Path(workdir) / "config.json"
     try:
         record = json.loads(path.read_text())
-        if not {"experiment", "recipe", "config"} <= record.keys():
-            raise ValueError("no experiment, recipe and config in it")
+        if not isinstance(record, dict) or not {"experiment", "recipe", "config", "started"} <= record.keys():
+            raise ValueError("expected experiment, recipe, config and started in it")
         return record
     except FileNotFoundError:
         raise InputError(f"{path} is missing; expected the folder of a run") from None

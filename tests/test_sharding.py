@@ -1,0 +1,115 @@
+"""The mesh and its rules: what divides, what is refused, and the traps that fail silently elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from qwen_jax import models, sharding
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import Layout, MeshConfig, Rules
+from tests.conftest import tiny
+
+
+@pytest.mark.parametrize(
+    "config, devices, sizes",
+    [
+        (MeshConfig(), 8, (1, 8, 1, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2), 8, (4, 2, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=1, expert=2, context=1, tensor=2), 8, (2, 1, 2, 1, 2)),
+    ],
+)
+def test_one_axis_takes_what_the_others_leave(config, devices, sizes):
+    assert config.sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (MeshConfig(fsdp=3), "fsdp=3.*does not divide the 8 devices"),
+        (MeshConfig(tensor=3), "tensor=3.*does not divide the 8 devices"),
+        (MeshConfig(data=16), "data=16.*does not divide the 8 devices"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one of them -1"),
+        (MeshConfig(tensor=0), "expected positive sizes"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        sharding.make_mesh(config)
+
+
+def test_mesh_axes_are_auto():
+    """Under Explicit axes, jax.make_mesh's own default, a constraint asserts instead of constraining."""
+    assert set(sharding.make_mesh(MeshConfig()).axis_types) == {AxisType.Auto}
+
+
+def test_rules_give_the_partition():
+    assert Rules().spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert Rules().spec(("batch", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
+
+
+@pytest.mark.parametrize(
+    "rules, names, message",
+    [
+        (Rules(), ("heds",), "no rule for the logical axis 'heds'"),
+        (Rules(), ("heads", "mlp"), "'heads' and 'mlp'.*both split over mesh axis 'tensor'"),
+        (Rules(mlp=("model",)), ("mlp",), "rule mlp names the mesh axis 'model'"),
+    ],
+)
+def test_rules_refuse_what_they_cannot_mean(rules, names, message):
+    with pytest.raises(InputError, match=message):
+        rules.spec(names)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(sharding.make_mesh(MeshConfig()))], ids=["no mesh", "mesh"])
+def test_constrain_refuses_unknown_names_with_and_without_a_mesh(layout):
+    with pytest.raises(InputError, match="no rule for the logical axis 'bacth'"):
+        constrain = lambda x: sharding.constrain(x, ("bacth", "length"), layout)
+        jax.eval_shape(constrain, jnp.zeros((8, 4)))
+    with pytest.raises(InputError, match="given 1 logical axes"):
+        sharding.constrain(jnp.zeros((8, 4)), ("batch",), layout)
+
+
+def test_constrain_refuses_an_axis_that_the_mesh_does_not_divide():
+    layout = Layout(sharding.make_mesh(MeshConfig(tensor=4)))
+    with pytest.raises(InputError, match="axis 'heads' of size 6.*tensor=4.*multiple of 4"):
+        sharding.constrain(jnp.zeros((8, 6)), ("batch", "heads"), layout)
+
+
+def test_constraints_reach_the_compiler():
+    """Counted in the lowered program: a constraint outside of jax's mesh context silently vanishes in flax."""
+    config = tiny()
+    params, ids = models.abstract(config), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+
+    def constraints(layout):
+        return models.forward.lower(config, params, ids, layout=layout).as_text().count("@Sharding") + (
+            models.forward.lower(config, params, ids, layout=layout).as_text().count("sdy.sharding_constraint")
+        )
+
+    assert constraints(Layout()) == 0
+    assert constraints(Layout(sharding.make_mesh(MeshConfig()))) >= 8
+
+
+def test_looking_up_the_embedding_moves_the_table_and_not_the_activations(capfd):
+    """The compiler warns of an 'involuntary full rematerialization' where a gather from split columns defeats it."""
+    config, layout = tiny(), Layout(sharding.make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)))
+    params = models.init(config, jax.random.key(0), mesh=layout.mesh)
+    loss = lambda params, ids: models.sequence_log_probs(config, params, ids, layout=layout).mean()
+    ids = jax.device_put(jnp.ones((8, 16), jnp.int32), layout.sharding(("batch", "length"), (8, 16)))
+    jax.jit(jax.grad(loss)).lower(params, ids).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_parameters_leave_init_as_plain_arrays():
+    params = models.init(tiny(), jax.random.key(0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    assert all(type(key) is str for path, _ in jax.tree.leaves_with_path(params) for key in [path[-1].key])
+
+
+def test_put_gives_every_device_its_rows():
+    layout = Layout(sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2)))
+    rows = np.arange(8 * 4).reshape(8, 4)
+    array = sharding.put(rows, layout.sharding(("batch", "length"), rows.shape))
+    np.testing.assert_array_equal(array, rows)
+    assert array.addressable_shards[0].data.shape == (2, 2)

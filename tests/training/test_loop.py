@@ -1,0 +1,108 @@
+"""The loop: what it writes, when it gives up, what it never touches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.pretrain import language_model_loss
+from qwen_jax import sharding
+from qwen_jax.config import get
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import Layout, MeshConfig
+from qwen_jax.training import loop, metrics, throughput
+from qwen_jax.training.checkpoint import Checkpoints
+from qwen_jax.training.loop import LoopConfig
+from tests.training import lm
+
+
+class Numbered:
+    """Batch n is made from seed n."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return lm.batch(seed=self.next - 1)
+
+    def get_state(self):
+        return {"next_index": self.next}
+
+    def set_state(self, state):
+        self.next = state["next_index"]
+
+
+def fit(built, folder, **config):
+    return loop.fit(
+        built,
+        Numbered(),
+        config=LoopConfig(**{**dict(steps=4, log_every=2, eval_every=2, checkpoint_every=2), **config}),
+        workdir=folder,
+        initial=lambda: built.init(jax.random.key(0)),
+        validation=lambda: [lm.batch(seed=100), lm.batch(seed=101)],
+        flops_per_token=1e6,
+        label="test",
+    )
+
+
+def one_device(**options):
+    return lm.build(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), **options)
+
+
+def test_it_writes_figures_and_tells_of_compilation(tmp_path, capsys):
+    built = one_device()
+    state = fit(built, tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    logged = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "model_flops_utilisation"}
+    assert logged <= rows[0].keys()
+    assert rows[0]["tokens_per_second"] == pytest.approx(8 * 16 / rows[0]["step_seconds"])
+    out = capsys.readouterr().out
+    assert "compiling the train step" in out and "compiled in" in out and "step 2/4" in out
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    # Validation is the mean over all targets of all batches, not a mean of the batches' means.
+    sums = [
+        language_model_loss(state.params, lm.batch(seed=s), None, model=lm.MODEL, layout=Layout()) for s in (100, 101)
+    ]
+    expected = sum(float(s.total) for s in sums) / sum(float(s.weight) for s in sums)
+    assert rows[-1]["validation/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_path):
+    def not_finite(params, batch, key):
+        loss = language_model_loss(params, batch, key, model=lm.MODEL, layout=Layout())
+        return loss._replace(total=loss.total * jnp.nan)
+
+    built = one_device()
+    fit(built, tmp_path, steps=2)
+    poisoned = one_device(loss_fn=not_finite)
+    with pytest.raises(InputError, match="the last 3 steps to step 5 had a loss or gradient that is not finite"):
+        fit(poisoned, tmp_path, steps=9, checkpoint_every=9, max_skipped=3)
+    checkpoints = Checkpoints(tmp_path)
+    restored, data, _ = checkpoints.restore(built.state)
+    checkpoints.close()
+    assert int(restored.step) == 2 and data == {"next_index": 2}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+def test_lines_of_a_lost_run_and_a_line_cut_short_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    metrics.MetricsWriter(tmp_path, start=1).close()
+    assert file.read_text() == '{"step": 1, "loss": 3}\n'
+    file.write_text('{"step": 1\n{"step": 2, "loss": 2}\n')
+    with pytest.raises(InputError, match="metrics.jsonl:1 is not JSON"):
+        metrics.read(tmp_path)
+
+
+def test_flops_of_a_token_are_six_per_matmul_parameter_and_causal_attention():
+    """Qwen2.5-7B at length 4096, the figure of a published comparison: 184 TFLOP for one row."""
+    assert throughput.train_flops_per_token(get("qwen2.5-7b"), 4096) * 4096 == pytest.approx(184e12, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"])
+def test_a_loop_that_cannot_be_is_refused(name):
+    with pytest.raises(InputError, match=f"loop.{name} is 0; expected at least 1"):
+        LoopConfig(**{name: 0})
