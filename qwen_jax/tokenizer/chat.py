@@ -42,8 +42,9 @@ def render(
     message. Not learned are the header `<|im_start|>assistant\\n`, which the prompt supplies, and the newline after
     `<|im_end|>`, where sampling has ended. A token that straddles header and message is not learned. "qwen-finetune"
     is the rule of Qwen's own finetune.py: it also learns `<|im_start|>`, `<|im_end|>` and the newline after it in
-    every turn; it encodes role and content apart, always begins with a system turn, and drops messages before the
-    first if they are not the user's, as that program does (a system message given first supplies the system text).
+    every turn. As that program does, it encodes role and content apart, begins with a system turn always (a system
+    message given first supplies the text, else the generation's default, for Qwen3 Qwen's), drops a first message that
+    is not the user's, and knows neither tools nor thinking.
 
     Qwen3's thinking is given as "reasoning_content", or as `<think>…</think>` at the very beginning of an assistant's
     content unless "reasoning_content" is given too, be it empty. Thinking of earlier turns is dropped from the
@@ -68,15 +69,15 @@ def render(
         qwen_spec.md 2; QwenLM/Qwen finetune.py for "qwen-finetune".
     """
     _check_request(tok, generation, loss, tools, enable_thinking)
-    _check_messages(messages, generation)
+    _check_messages(messages, "qwen" if loss == "qwen-finetune" else generation)
+    if loss == "qwen-finetune":
+        messages = _as_finetune(messages, generation)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers and not add_generation_prompt:
         raise InputError(f"messages: none of {len(messages)} is the assistant's, so loss={loss!r} has nothing to learn")
     prompt = list(generation_prompt(generation, enable_thinking)) if add_generation_prompt else []
     if loss == "qwen-finetune":
-        if tools:
-            raise InputError("tools are not part of loss='qwen-finetune', whose program knows none")
-        ids, mask = _finetune(messages, tok, generation)
+        ids, mask = _finetune(messages, tok)
         tail, _ = _encode(prompt, tok, apart=True)
         return ids + tail, mask + [0] * len(tail)
     parts = [*conversation(messages, generation, tools), *prompt]
@@ -128,20 +129,24 @@ def _encode_run(run: list[tuple[str, int | None]], tok: Tokenizer) -> tuple[list
     return ids, [None] * silent + [speaker] * (len(ids) - silent)
 
 
-def _finetune(messages: Sequence[Message], tok: Tokenizer, generation: str) -> tuple[list[int], list[int]]:
-    """The ids and labels of finetune.py's preprocess (qwen_spec.md 2.4)."""
-    messages = list(messages)
-    system = SYSTEM_PROMPTS[generation] or SYSTEM_PROMPTS["qwen"]
+def _as_finetune(messages: Sequence[Message], generation: str) -> list[Message]:
+    """The turns that finetune.py makes of a conversation: one of the system, then those from the user's first."""
+    system = {"role": "system", "content": SYSTEM_PROMPTS[generation] or SYSTEM_PROMPTS["qwen"]}
     if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
+        system, *messages = messages
     if messages and messages[0]["role"] != "user":
-        messages.pop(0)
+        messages = messages[1:]
+    return [system, *messages]
+
+
+def _finetune(messages: Sequence[Message], tok: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids and labels of finetune.py's preprocess (qwen_spec.md 2.4)."""
     start, end, newline = tok.special_tokens["<|im_start|>"], tok.special_tokens["<|im_end|>"], tok.encode("\n")
     ids: list[int] = []
     mask: list[int] = []
-    for message in [{"role": "system", "content": system}, *messages]:
+    for message in messages:
         header = tok.encode(message["role"]) + newline
-        content = tok.encode(message["content"] or "")
+        content = tok.encode(message["content"])
         ids += [start, *header, *content, end, *newline]
         learned = int(message["role"] == "assistant")
         mask += [1, *[0] * len(header), *[learned] * len(content), 1, *[1] * len(newline)]
@@ -154,6 +159,8 @@ def _check_request(tok: Tokenizer, generation: str, loss: str, tools: Any, enabl
         raise InputError(f"loss {loss!r} is not known; it is one of {', '.join(LOSSES)}")
     if missing := [name for name in ("<|im_start|>", "<|im_end|>") if name not in tok.special_tokens]:
         raise InputError(f"the tokenizer has no control token {missing[0]}, which every chat template needs")
+    if tools and loss == "qwen-finetune":
+        raise InputError("tools are not part of loss='qwen-finetune', whose program knows none")
     if tools and generation not in _WITH_TOOLS:
         raise InputError(f"generation {generation!r} has no tools in its template; {' and '.join(_WITH_TOOLS)} have")
     if not enable_thinking and generation != "qwen3":

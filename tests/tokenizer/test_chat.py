@@ -107,6 +107,9 @@ def test_qwen_finetune_loss_is_that_of_its_program(tiny):
 def test_qwen_finetune_drops_a_first_message_that_is_not_the_users(tiny):
     render = lambda messages: chat.render(messages, tiny, generation="qwen", loss="qwen-finetune")
     assert render([ANSWER, *TALK]) == render(TALK)
+    system = {"role": "system", "content": "Be brief."}
+    assert render([system, ANSWER, *TALK]) == render([system, *TALK])
+    assert tiny.decode(render([system, *TALK])[0]).startswith(turn("system", "Be brief.") + turn("user", "hi there"))
 
 
 @pytest.mark.parametrize("loss", chat.LOSSES)
@@ -141,7 +144,7 @@ def test_content_never_makes_a_control_token(tiny3, generation, loss, text):
             call = {"name": content, "arguments": {"x": content}}
             messages += [answer | {"tool_calls": [call]}, {"role": "tool", "content": content}]
             extra = {"tools": [{"name": content}]}
-        if generation == "qwen3":
+        if generation == "qwen3" and loss != "qwen-finetune":
             answer |= {"reasoning_content": "a" + content}
         ids, _ = chat.render([*messages, answer], tiny3, generation=generation, loss=loss, **extra)
         return [index for index in ids if index >= tiny3.regular_size]
@@ -258,6 +261,13 @@ def test_the_template_for_other_programs_gives_the_same_prompts(tiny3, generatio
         ([{"role": "user", "content": "a", "name": "b"}], {}, "messages[0]: field 'name' is not known"),
         ([USER], {}, "none of 1 is the assistant's, so loss='assistant' has nothing to learn"),
         ([USER], {"loss": "last-turn"}, "loss='last-turn' has nothing to learn"),
+        ([ANSWER], {"loss": "qwen-finetune"}, "so loss='qwen-finetune' has nothing to learn"),
+        (
+            [USER, ANSWER | {"reasoning_content": "x"}],
+            {"loss": "qwen-finetune", "generation": "qwen3"},
+            "reasoning_content",
+        ),
+        (TALK, {"tools": [TOOL], "loss": "qwen-finetune", "generation": "qwen3"}, "tools are not part of loss='qwen-f"),
         (TALK, {"loss": "all"}, "loss 'all' is not known; it is one of assistant, qwen-finetune, last-turn"),
         (TALK, {"generation": "qwen4"}, "generation 'qwen4' is not known"),
         (TALK, {"tools": [TOOL]}, "generation 'qwen2' has no tools in its template"),

@@ -151,6 +151,7 @@ def test_the_published_toy_vocabulary_gives_the_published_ids(tmp_path):
     ids = [75, 78, 86, 260, 259, 260, 220, 77, 68, 86, 260, 220, 15, 16, 15, 266, 270, 267]
     assert tok.encode(text, allowed_special={"<|endoftext|>"}) == ids
     assert tok.encode(" ###") == [268, 269]
+    assert tok.special_tokens == {"<|endoftext|>": 270, "<|im_start|>": 271, "<|im_end|>": 272}
     marks = "\u03d2\u0301\u03d2\u0308\u017f\u0307"
     assert tok.decode(tok.encode(marks)) == "\u03d3\u03d4\u1e9b" == unicodedata.normalize("NFC", marks)
     assert tok.decode([261, 262, 263]) == " lowest newer wider"
