@@ -22,7 +22,7 @@ def perturbed(config, seed=0):
     """Weights large enough that some tokens are much likelier than others, and answers differ from one another."""
     draw = np.random.default_rng(seed).normal
     params = jax.tree.map(lambda x: jnp.asarray(draw(0.02, 0.15, x.shape), x.dtype), models.abstract(config))
-    return params | {"final_norm": {"scale": jnp.full(config.hidden_size, 2.0)}}
+    return params | {"final_norm": {"scale": jnp.full(config.hidden_size, 3.0)}}
 
 
 def some_prompts(lengths=LENGTHS, seed=1):
@@ -73,10 +73,10 @@ def test_sampling_log_probs_are_of_the_distribution_that_was_drawn_from():
 
 def test_the_first_token_is_drawn_from_the_models_distribution():
     rows, prompt = 1024, PROMPTS[1]
-    out = answer([prompt] * rows, max_new_tokens=1, temperature=0.25)
-    probs = np.exp(log_softmax(logits_behind(SMALL, PARAMS, prompt, [0])[0] / 0.25))
+    out = answer([prompt] * rows, max_new_tokens=1, temperature=2.0)
+    probs = np.exp(log_softmax(logits_behind(SMALL, PARAMS, prompt, [0])[0] / 2.0))
     counts = np.bincount(out.tokens[:, 0], minlength=256)
-    likely = probs > 0.02
+    likely = probs > 0.01
     assert likely.sum() >= 4
     # 4.5 standard deviations: about 1 in 100,000 for each of a few counts, and the key is fixed.
     assert (np.abs(counts - rows * probs) < 4.5 * np.sqrt(rows * probs) + 1)[likely].all()
