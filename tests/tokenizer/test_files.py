@@ -5,12 +5,13 @@ import json
 import unicodedata
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax import tokenizer
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import merges
+from qwen_jax.tokenizer import merges, splitting
 from qwen_jax.tokenizer.alphabet import BYTE_ORDER, to_bytes, to_text
 from tests.tokenizer.samples import CONTROL_NAMES, SENTENCES
 
@@ -182,6 +183,20 @@ def test_older_pre_tokenizers_are_read_exactly(tiny, tmp_path, digits):
     ours.save(tmp_path / "again")
     assert tokenizer.load(tmp_path / "again").encode(text) == ours.encode(text)
     assert Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json")).encode(text).ids == ours.encode(text)
+
+
+@pytest.mark.parametrize("steps", [["Digits", "ByteLevel"], ["ByteLevel"], ["Split", "ByteLevel"]], ids="+".join)
+@given(text=st.text(alphabet=" \n\r\t\u30001²½aS'!é猫\u0301"))
+@settings(max_examples=150, deadline=None)
+def test_pieces_are_those_of_the_tokenizers_library(steps, text):
+    from tokenizers import Regex, pre_tokenizers
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="Split" not in steps)
+    before = {"Digits": pre_tokenizers.Digits(True), "Split": pre_tokenizers.Split(Regex(splitting.QWEN), "isolated")}
+    peer = pre_tokenizers.Sequence([*(before[step] for step in steps[:-1]), level])
+    pattern = {"Digits": splitting.GPT2_DIGITS, "ByteLevel": splitting.GPT2, "Split": splitting.QWEN}[steps[0]]
+    expected = [to_bytes(piece).decode() for piece, _ in peer.pre_tokenize_str(text)]
+    assert regex.findall(pattern, text) == expected
 
 
 def test_a_vocabulary_may_lack_bytes_that_no_text_of_its_had(tiny, tmp_path):
