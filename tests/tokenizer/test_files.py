@@ -160,6 +160,23 @@ def test_the_published_toy_vocabulary_gives_the_published_ids(tmp_path):
     assert tokenizer.load(tmp_path / "again").encode(text, allowed_special="all") == ids
 
 
+def test_ids_need_not_rise_with_the_priority_of_merges(tiny, tmp_path):
+    from tokenizers import Tokenizer
+
+    tiny.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"] = {text: tiny.regular_size - 1 - i for text, i in document["model"]["vocab"].items()}
+    path.write_text(json.dumps(document))
+    tok = tokenizer.load(path)
+    assert tok.encode(TEXT) == Tokenizer.from_file(str(path)).encode(TEXT).ids != tiny.encode(TEXT)
+    assert tok.decode(tok.encode(TEXT)) == tiny.decode(tiny.encode(TEXT))
+    tok.save(tmp_path / "again")
+    assert tokenizer.load(tmp_path / "again").encode(TEXT) == tok.encode(TEXT)
+    more = tokenizer.extend(tok, {"Quagga": 2})
+    assert more.encode("Quagga" + TEXT) == [more.vocabulary[b"Quagga"], *tok.encode(TEXT)]
+
+
 @pytest.mark.parametrize("digits", [True, False])
 def test_older_pre_tokenizers_are_read_exactly(tiny, tmp_path, digits):
     """ByteLevel's own cut, alone and behind Digits (SmolLM2), with control tokens before the regular ones."""
