@@ -104,7 +104,7 @@ class Tokenizer(abc.ABC):
         texts = list(texts)
         threads = threads or os.cpu_count() or 1
         # Few large shares rather than one task a text: handing over a task costs as much as encoding a short text.
-        share = max(1, -(-len(texts) // (threads * 8)))
+        share = max(1, len(texts) // (threads * 32))
 
         def encode_share(start: int) -> list[list[int]]:
             return [self._encode_at(i, texts[i], allowed_special) for i in range(start, min(start + share, len(texts)))]
