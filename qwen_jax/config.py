@@ -1,7 +1,8 @@
 """The shape of every published Qwen, as plain data: `QwenConfig` and the registry of names.
 
-Field names are those of the published config.json files. Sizes: docs of the Qwen2, Qwen2.5 and Qwen3 reports
-(arXiv:2407.10671 table 1, 2412.15115 table 1, 2505.09388 table 1) and the config.json files of the base models.
+Field names are those of the published config.json files. Sizes: the Qwen, Qwen2, Qwen2.5 and Qwen3 reports
+(arXiv:2309.16609 table 1, 2407.10671 table 1, 2412.15115 table 1, 2505.09388 table 1) and the config.json files of the
+base models (of the 1M models, the instruct ones: no others exist).
 """
 
 import dataclasses
@@ -96,6 +97,11 @@ class QwenConfig:
         }
 
 
+def _qwen(hidden, layers, heads, intermediate, *, kv_heads=None, tied=False, vocab=151_936, **fields):
+    """A Qwen v1 or Qwen1.5 shape: as Qwen2, but every head has keys of its own unless `kv_heads` says otherwise."""
+    return _qwen2(hidden, layers, heads, kv_heads or heads, intermediate, tied=tied, vocab=vocab, **fields)
+
+
 def _qwen2(hidden, layers, heads, kv_heads, intermediate, *, tied=False, vocab=151_936, **fields):
     """A Qwen2 or Qwen2.5 shape: bias on q, k, v; head_dim = hidden / heads."""
     return QwenConfig(
@@ -118,7 +124,23 @@ def _registry() -> dict[str, QwenConfig]:
     """The base models. Instruct variants share the shape; rms_norm_eps and context are read from their config.json."""
     long, wide = dict(max_position_embeddings=131_072), dict(vocab=152_064)
     loose = dict(rms_norm_eps=1e-5)  # what the large Qwen2.5 base models were trained with
+    # v1 has tricks for lengths beyond the one it was trained at (seq_length): below it, it is this model.
+    v1 = lambda length: dict(max_position_embeddings=length, rope_theta=1e4)
+    # The 1M models attend in chunks of 262,144, of which 8,192 are local: up to the difference it is plain attention.
+    million = dict(max_position_embeddings=262_144 - 8_192, rope_theta=1e7, rms_norm_eps=1e-5)
     return {
+        "qwen-1.8b": _qwen(2048, 24, 16, 5504, **v1(8192)),
+        "qwen-7b": _qwen(4096, 32, 32, 11008, **v1(8192)),
+        "qwen-14b": _qwen(5120, 40, 40, 13696, **wide, **v1(2048)),
+        "qwen-72b": _qwen(8192, 80, 64, 24576, **wide),  # trained at 32,768 with theta 1e6, without tricks
+        "qwen1.5-0.5b": _qwen(1024, 24, 16, 2816, tied=True),
+        "qwen1.5-1.8b": _qwen(2048, 24, 16, 5504),
+        "qwen1.5-4b": _qwen(2560, 40, 20, 6912, rope_theta=5e6),
+        "qwen1.5-7b": _qwen(4096, 32, 32, 11008),
+        "qwen1.5-14b": _qwen(5120, 40, 40, 13696, **wide),
+        "qwen1.5-32b": _qwen(5120, 64, 40, 27392, kv_heads=8, **wide),
+        "qwen1.5-72b": _qwen(8192, 80, 64, 24576, **wide),
+        "qwen1.5-110b": _qwen(8192, 80, 64, 49152, kv_heads=8, **wide),
         "qwen2-0.5b": _qwen2(896, 24, 14, 2, 4864, tied=True, **long),
         "qwen2-1.5b": _qwen2(1536, 28, 12, 2, 8960, tied=True, **long),
         "qwen2-7b": _qwen2(3584, 28, 28, 4, 18944, **wide, **long),
@@ -130,6 +152,8 @@ def _registry() -> dict[str, QwenConfig]:
         "qwen2.5-14b": _qwen2(5120, 48, 40, 8, 13824, **wide, **long, **loose),
         "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, **wide, **long, **loose),
         "qwen2.5-72b": _qwen2(8192, 80, 64, 8, 29568, **wide, **long, **loose),
+        "qwen2.5-7b-1m": _qwen2(3584, 28, 28, 4, 18944, **wide, **million),
+        "qwen2.5-14b-1m": _qwen2(5120, 48, 40, 8, 13824, **wide, **million),
         "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
         "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
         "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),

@@ -8,8 +8,16 @@ import pytest
 from qwen_jax import config, models
 from qwen_jax.errors import InputError
 
-# Total and non-embedding parameters as published on the model cards (qwen2.5 shares qwen2's shapes).
+# Total and non-embedding parameters as published on the model cards. Shapes that came back: see SAME_SHAPE.
 PUBLISHED = {
+    "qwen-1.8b": (1_836_828_672, 1_214_498_816),
+    "qwen-7b": (7_721_324_544, 6_476_664_832),
+    "qwen-14b": (14_167_290_880, 12_610_155_520),
+    "qwen-72b": (72_287_920_128, 69_796_503_552),
+    "qwen1.5-0.5b": (463_987_712, 308_405_248),
+    "qwen1.5-4b": (3_950_369_280, 3_172_456_960),
+    "qwen1.5-32b": (32_512_218_112, 30_955_082_752),
+    "qwen1.5-110b": (111_209_914_368, 108_718_497_792),
     "qwen2-0.5b": (494_032_768, 357_898_112),
     "qwen2-1.5b": (1_543_714_304, 1_310_340_608),
     "qwen2-7b": (7_615_616_512, 6_525_621_760),
@@ -25,14 +33,31 @@ PUBLISHED = {
     "qwen3-32b": (32_762_123_264, 31_206_298_624),
 }
 
+SAME_SHAPE = {f"qwen1.5-{size}": f"qwen-{size}" for size in ("1.8b", "7b", "14b", "72b")}
+SAME_SHAPE |= {f"qwen2.5-{size}": f"qwen2-{size}" for size in ("0.5b", "1.5b", "7b", "72b")}
+SAME_SHAPE |= {"qwen2.5-7b-1m": "qwen2-7b", "qwen2.5-14b-1m": "qwen2.5-14b"}
+
 
 @pytest.mark.parametrize("name", config.names())
 def test_counts_are_those_of_the_parameters_and_of_the_model_card(name):
     counts = config.get(name).param_counts()
     assert counts["total"] == sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract(config.get(name))))
-    published = PUBLISHED.get(name, PUBLISHED.get(name.replace("qwen2.5", "qwen2")))
-    assert (counts["total"], counts["non_embedding"]) == published
+    assert (counts["total"], counts["non_embedding"]) == PUBLISHED[SAME_SHAPE.get(name, name)]
     assert counts["active"] == counts["total"]
+
+
+def test_what_differs_between_models_of_one_shape():
+    field = lambda name, *names: tuple(getattr(config.get(name), field) for field in names)
+    rope = ("rope_theta", "max_position_embeddings", "rms_norm_eps")
+    assert field("qwen-14b", *rope) == (1e4, 2048, 1e-6)
+    assert field("qwen-72b", *rope) == (1e6, 32_768, 1e-6)
+    assert field("qwen1.5-14b", *rope) == (1e6, 32_768, 1e-6)
+    assert field("qwen2.5-14b", *rope) == (1e6, 131_072, 1e-5)
+    assert field("qwen2.5-14b-1m", *rope) == (1e7, 253_952, 1e-5)
+    assert [config.get(f"qwen1.5-{size}").num_key_value_heads for size in ("14b", "32b")] == [40, 8]
+    tied = [name for name in config.names() if config.get(name).tie_word_embeddings]
+    assert tied == ["qwen1.5-0.5b"] + [f"qwen2-{s}" for s in ("0.5b", "1.5b")] + [
+        f"qwen2.5-{s}" for s in ("0.5b", "1.5b", "3b")] + [f"qwen3-{s}" for s in ("0.6b", "1.7b", "4b")]  # fmt: skip
 
 
 def test_an_unknown_name_is_told_the_nearest():
