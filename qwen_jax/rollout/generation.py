@@ -194,7 +194,7 @@ def _begin(config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens
         raise InputError("config is not the one that the weights were prepared with; prepare them again")
     layout = params.layout
     padded = inputs.pad(lists, rows=layout.size("batch"), slots=layout.size("length"))
-    stops = np.full(inputs.bucket(len(stop_ids)), NO_TOKEN, np.int32)
+    stops = np.full(inputs.bucket(len(stop_ids), 4), NO_TOKEN, np.int32)
     stops[: len(stop_ids)] = stop_ids
     request = Request(*padded, key, np.int32(first_row), stops, np.int32(max_new_tokens), knobs)
     engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST))

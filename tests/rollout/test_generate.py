@@ -12,7 +12,7 @@ from qwen_jax.rollout.prompts import bucket
 from qwen_jax.sharding import Layout
 from tests.conftest import tiny
 
-SMALL = tiny(num_hidden_layers=1)
+SMALL = tiny(num_hidden_layers=1, tie_word_embeddings=False)  # a tied one repeats its last token at random weights
 KEY = jax.random.key(3)
 NEW = 10
 LENGTHS = (1, 5, 17, 3, 9)
@@ -32,6 +32,7 @@ def some_prompts(lengths=LENGTHS, seed=1):
 
 PARAMS = perturbed(SMALL)
 PROMPTS = some_prompts()
+FEW = [[token % 200 for token in prompt] for prompt in PROMPTS]
 
 
 def answer(prompts=PROMPTS, key=KEY, params=PARAMS, config=SMALL, **options):
@@ -63,8 +64,8 @@ def test_log_probs_are_those_of_teacher_forcing(family):
 
 
 def test_sampling_log_probs_are_of_the_distribution_that_was_drawn_from():
-    out = answer(temperature=0.5, num_tokens=256 - 56, prompts=(few := [[t % 200 for t in p] for p in PROMPTS[:2]]))
-    for row, prompt in enumerate(few):
+    out = answer(FEW, temperature=0.5, num_tokens=200)
+    for row, prompt in enumerate(FEW[:2]):
         logits = logits_behind(SMALL, PARAMS, prompt, out.tokens[row])
         chosen = np.arange(NEW), out.tokens[row]
         np.testing.assert_allclose(out.sampling_log_probs[row], log_softmax(logits[:, :200] / 0.5)[chosen], atol=1e-4)
@@ -84,10 +85,9 @@ def test_the_first_token_is_drawn_from_the_models_distribution():
 
 def test_an_answer_does_not_depend_on_batch_mates_padding_or_batch_size():
     everyone = answer()
-    for row in (0, 2):
-        alone = answer(PROMPTS[row : row + 1], first_row=row)
-        np.testing.assert_array_equal(alone.tokens[0], everyone.tokens[row])
-        np.testing.assert_allclose(alone.log_probs[0], everyone.log_probs[row], atol=1e-5)
+    alone = answer(PROMPTS[1:2], first_row=1)
+    np.testing.assert_array_equal(alone.tokens[0], everyone.tokens[1])
+    np.testing.assert_allclose(alone.log_probs[0], everyone.log_probs[1], atol=1e-5)
     mates = answer([[7] * 40, *PROMPTS[1:]])
     np.testing.assert_array_equal(mates.tokens[1:], everyone.tokens[1:])
 
@@ -124,26 +124,14 @@ def test_a_row_ends_with_its_first_stop_id_and_is_zero_behind_it():
         assert out.lengths[row] == length
         np.testing.assert_array_equal(out.tokens[row, :length], free.tokens[row, :length])
         assert not out.tokens[row, length:].any() and not out.log_probs[row, length:].any()
-    assert out.lengths[0] <= 4 and out.lengths.max() == NEW
-
-
-def test_the_loop_ends_when_every_row_has_stopped():
-    tokens = answer(temperature=0).tokens
-    stops = sorted({int(row[2]) for row in tokens})
-    engine, weights, request = generation._begin(
-        SMALL, PARAMS, PROMPTS, KEY, max_new_tokens=NEW, stop_ids=stops, num_tokens=None, first_row=0,
-        layout=Layout(), unroll=True, temperature=0,
-    )  # fmt: skip
-    state = engine.advance(weights, request, engine.start(weights, request), request.limit)
-    assert int(state.step) <= 3 and bool(state.done.all())
+    assert out.lengths[0] <= 4 and len(set(out.lengths.tolist())) > 1
 
 
 def test_padded_rows_of_the_vocabulary_are_never_sampled():
-    params = dict(PARAMS, embedding=PARAMS["embedding"].at[200:].multiply(20.0))  # the likeliest, were they allowed
-    few = [[t % 200 for t in p] for p in PROMPTS]
-    assert answer(few, params=params, temperature=0).tokens.max() >= 200
+    params = dict(PARAMS, head=PARAMS["head"].at[200:].multiply(20.0))  # the likeliest, were they allowed
+    assert answer(FEW, params=params, temperature=0).tokens.min() >= 200
     for temperature in (0, 1, 100):
-        assert answer(few, params=params, temperature=temperature, num_tokens=200).tokens.max() < 200
+        assert answer(FEW, params=params, temperature=temperature, num_tokens=200).tokens.max() < 200
 
 
 def test_penalties_are_for_what_was_said_and_for_what_was_read():
@@ -168,14 +156,26 @@ def test_candidates_shrink_to_the_greedy_choice():
     assert (answer(top_k=4, top_p=0.9, min_p=0.05).tokens != greedy).any()
 
 
+STREAM = dict(temperature=0.8, top_k=20, repetition_penalty=1.2, max_new_tokens=NEW)
+
+
 def test_streaming_yields_what_generate_returns():
-    options = dict(temperature=0.8, top_k=20, repetition_penalty=1.2, max_new_tokens=NEW)
-    whole = answer(PROMPTS[1:2], **options)
+    whole = answer(PROMPTS[1:2], **STREAM)
     prepared = rollout.prepare(SMALL, PARAMS)
-    assert list(rollout.stream(SMALL, prepared, PROMPTS[1], KEY, **options)) == whole.tokens[0].tolist()
+    assert list(rollout.stream(SMALL, prepared, PROMPTS[1], KEY, **STREAM)) == whole.tokens[0].tolist()
     stop = int(whole.tokens[0, 4])
-    stopped = list(rollout.stream(SMALL, prepared, PROMPTS[1], KEY, stop_ids=[stop], **options))
+    stopped = list(rollout.stream(SMALL, prepared, PROMPTS[1], KEY, stop_ids=[stop], **STREAM))
     assert stopped == whole.tokens[0, : whole.tokens[0].tolist().index(stop) + 1].tolist()
+
+
+def test_the_loop_ends_when_every_row_has_stopped():
+    stop = list(rollout.stream(SMALL, PARAMS, PROMPTS[1], KEY, **STREAM))[2]
+    request = generation._begin(
+        SMALL, PARAMS, PROMPTS[1:2], KEY, stop_ids=[stop], num_tokens=None, first_row=0, layout=Layout(), unroll=True,
+        **STREAM,
+    )  # fmt: skip
+    state = generation._advance(*request, generation._start(*request), np.int32(NEW))
+    assert int(state.step) <= 3 and bool(state.done.all())
 
 
 def test_a_new_length_batch_or_value_compiles_nothing_new():
