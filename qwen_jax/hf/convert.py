@@ -2,7 +2,8 @@
 
 python -m qwen_jax.hf.convert SRC DST --dtype bfloat16 --shard-bytes 2000000000
 
-SRC is a Hugging Face folder (config.json + safetensors), not a run's workdir. One tensor is in memory at a time, and no device is used.
+SRC is a Hugging Face folder (config.json + safetensors), not a run's workdir. One tensor is in memory at a time, and no
+device is used.
 """
 
 import pathlib

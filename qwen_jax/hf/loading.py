@@ -1,6 +1,7 @@
 """Published weights to a parameter tree, each device's part read straight from the mapped files."""
 
 import logging
+import math
 import os
 import pathlib
 
@@ -17,6 +18,7 @@ from qwen_jax.hf.layouts import Entry
 
 logger = logging.getLogger(__name__)
 
+ALIGNMENT = 64  # bytes; what XLA asks of a buffer on a CPU
 COMPARED_BYTES = 1 << 26  # how much of a duplicate head is in memory at once
 
 
@@ -141,10 +143,18 @@ def _place(source: Source, entry: Entry, struct: jax.ShapeDtypeStruct, split: ja
 
 def _assemble(source: Source, entry: Entry, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
     """Reads a box of a parameter, layer by layer where it is stacked, in its final dtype."""
-    out = np.empty([len(part) for part in box], dtype)
+    out = _aligned([len(part) for part in box], dtype)
     if entry.stacked:
         for place, layer in enumerate(box[0]):
             out[place] = source.read(entry, layer, box[1:])
     else:
         out[...] = source.read(entry, 0, box)
     return out
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address from which JAX's CPU devices take the memory over instead of copying it."""
+    bytes_needed = math.prod(shape) * dtype.itemsize
+    room = np.empty(bytes_needed + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + bytes_needed].view(dtype).reshape(shape)
