@@ -2,25 +2,35 @@
 
 `reference` forms all T x S logits. It defines what the others must return and serves lengths too small for blocks.
 `blockwise` (ops.blockwise) needs memory linear in length and skips blocks that nobody may see; it runs everywhere.
-`auto` takes the reference where both lengths are at most SMALL, else blockwise. The choice rests on shapes alone, so
-that a program compiled ahead of time for another machine is the one that machine would have built.
+`tpu` (ops.kernels.flash_tpu) is the same as Pallas kernels where the program is compiled for a TPU, and `blockwise`
+where it is not. A kernel cannot be split over a mesh by the compiler: on more than one device call it in `shard_map`.
+`auto` takes the reference where both lengths are at most SMALL; `tpu` inside a `shard_map` over all axes of the mesh,
+from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes and the place of the call only, never at the
+devices of this process: what is compiled ahead of time for another machine is what that machine would have compiled.
 
 Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N/K query heads per kv head, H head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.errors import InputError
-from qwen_jax.ops.blockwise import NEG_INF, Spec, block_size, blockwise
+from qwen_jax.ops import blockwise
+from qwen_jax.ops.blockwise import NEG_INF, Marks, Spec
+from qwen_jax.ops.kernels import flash_tpu
 
-BACKENDS = ("auto", "reference", "blockwise")
+BACKENDS = ("auto", "reference", "blockwise", "tpu")
+RESIDUALS = "attention"  # checkpoint name of out and logsumexp: a remat policy that saves it spares a second forward
 # Measured on XLA:CPU, float32, 8 query and 2 kv heads of 64: up to 64 x 64 the reference is the faster one with its
 # gradient (2.2 against 2.5 ms at 64), from 128 on blocks win (7 times at 512).
 SMALL = 64
 BLOCK_Q = 128
 # Few queries leave room for more keys in a block; twice as many again would read more empty slots of a cache.
 BLOCK_K, BLOCK_K_FEW_QUERIES = 128, 256
+KERNEL_LENGTH = 128  # fewer queries would leave most of the kernel's tile empty
 
 
 def attention(
@@ -35,6 +45,7 @@ def attention(
     scale: float | None = None,
     causal: bool = True,
     backend: str = "auto",
+    block_sizes: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Grouped-query attention; a query sees the keys of its own segment that are not later than itself.
 
@@ -51,6 +62,7 @@ def attention(
       scale: multiplies the logits; H**-0.5 if None.
       causal: False lets a query see later keys of its segment too.
       backend: one of BACKENDS; "auto" chooses as the module's docstring says.
+      block_sizes: greatest number of queries and of keys in a block of `blockwise`; chosen by shape if None.
 
     Returns:
       out_BTNH in the type of q, zero where a query sees nothing; logsumexp_BTN float32 of the scaled logits.
@@ -61,15 +73,54 @@ def attention(
     if backend not in BACKENDS:
         raise InputError(f"attention back end {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    marks = Marks(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS)
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    if backend == "blockwise" or (backend == "auto" and max(T, S) > SMALL):
-        block_k = BLOCK_K if T > SMALL else BLOCK_K_FEW_QUERIES
-        spec = Spec(scale, causal, block_size(T, BLOCK_Q), block_size(S, block_k))
-        return blockwise(
-            q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, spec
-        )
-    mask_BTS = visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, causal=causal)
-    return _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
+    if backend == "auto":
+        backend = _choose(T, S)
+    if backend == "reference":
+        return _reference(q_BTNH, k_BSKH, v_BSKH, visible(*marks, causal=causal), scale)
+    most_q, most_k = block_sizes or (BLOCK_Q, BLOCK_K if T > SMALL else BLOCK_K_FEW_QUERIES)
+    spec = Spec(scale, causal, blockwise.block_size(T, most_q), blockwise.block_size(S, most_k))
+    # In a shard_map queries may vary over more mesh axes than keys: made equal here, whose transpose is the sum over
+    # those axes that the gradients of the keys need.
+    arrays = (q_BTNH, k_BSKH, v_BSKH, *marks)
+    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    arrays = [jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying") for x in arrays]
+    return _in_blocks(*arrays[:3], Marks(*arrays[3:]), spec, backend == "tpu")
+
+
+def _choose(T: int, S: int) -> str:
+    if max(T, S) <= SMALL:
+        return "reference"
+    return "tpu" if T >= KERNEL_LENGTH and jax.sharding.get_abstract_mesh().are_all_axes_manual else "blockwise"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _in_blocks(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec, kernel: bool):
+    return _dispatch("forward", spec, kernel, q_BTNH, k_BSKH, v_BSKH, marks)
+
+
+def _in_blocks_forward(q_BTNH, k_BSKH, v_BSKH, marks, spec, kernel):
+    out_BTNH, logsumexp_BTN = _dispatch("forward", spec, kernel, q_BTNH, k_BSKH, v_BSKH, marks)
+    outputs = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(logsumexp_BTN, RESIDUALS)
+    return outputs, (q_BTNH, k_BSKH, v_BSKH, *outputs, marks)
+
+
+def _in_blocks_backward(spec, kernel, residuals, cotangents):
+    *arrays, marks = residuals
+    return *_dispatch("backward", spec, kernel, *arrays, *cotangents, marks), None
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _dispatch(direction: str, spec: Spec, kernel: bool, *arguments):
+    """Chosen inside the custom gradient, so that all platforms share one set of residuals."""
+    anywhere = functools.partial(getattr(blockwise, direction), spec=spec)
+    if not kernel:
+        return anywhere(*arguments)
+    on_tpu = functools.partial(getattr(flash_tpu, direction), spec=spec)
+    return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=anywhere)
 
 
 def visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, *, causal: bool) -> jax.Array:

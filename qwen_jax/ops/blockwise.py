@@ -13,17 +13,14 @@ J key blocks of C positions; R = G*P, the rows of a query block that share a kv 
 a plain batched matrix product: no keys are repeated).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 NEG_INF = -1e30  # finite, so that a row without any key gives zeros and not NaN
 FLOOR = 0.1 * NEG_INF  # running peaks start here: above a masked logit, whose exponential is then 0, below any other
-NO_POSITION = jnp.iinfo(jnp.int32)
-RESIDUALS = "attention"  # checkpoint name of out and logsumexp: a remat policy that saves it spares a second forward
+INT32 = jnp.iinfo(jnp.int32)
 
 
 class Spec(NamedTuple):
@@ -33,6 +30,15 @@ class Spec(NamedTuple):
     causal: bool
     block_q: int
     block_k: int
+
+
+class Marks(NamedTuple):
+    """Who may see whom: positions and segment ids as `ops.attention.attention` takes them, int32."""
+
+    q_positions_BT: jax.Array
+    kv_positions_BS: jax.Array
+    q_segment_ids_BT: jax.Array
+    kv_segment_ids_BS: jax.Array
 
 
 class Blocks(NamedTuple):
@@ -62,52 +68,18 @@ def block_size(length: int, most: int) -> int:
     return length if count == 1 else min(most, -(-length // (8 * count)) * 8)
 
 
-def blockwise(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, spec: Spec):
-    """Attention under the contract of `ops.attention.attention`; memory linear in T and S, forward and backward.
-
-    Both outputs are differentiable with respect to q, k and v (reverse mode). Inside `shard_map` the inputs may vary
-    over different axes (queries split over `context`, keys whole): gradients of the keys are summed as they should.
+def forward(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec):
+    """Returns out_BTNH and logsumexp_BTN under the contract of `ops.attention.attention`; memory linear in T and S.
 
     Args:
-      q_BTNH: queries; K divides N.
-      k_BSKH, v_BSKH: keys and values.
-      q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS: int32, any values.
+      q_BTNH, k_BSKH, v_BSKH: queries, keys and values; K divides N.
+      marks: positions and segment ids, any values.
       spec: block_q at most T, block_k at most S.
-
-    Returns:
-      out_BTNH in the type of q; logsumexp_BTN float32.
     """
-    arrays = (q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS)
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
-    return _blockwise(*(jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying") for x in arrays), spec)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _blockwise(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, spec):
-    queries = _cut(q_positions_BT, q_segment_ids_BT, spec.block_q)
-    keys = _cut(kv_positions_BS, kv_segment_ids_BS, spec.block_k)
-    return _forward(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec)
-
-
-def _blockwise_forward(*args):
-    out_BTNH, logsumexp_BTN = (checkpoint_name(x, RESIDUALS) for x in _blockwise(*args))
-    return (out_BTNH, logsumexp_BTN), (*args[:7], out_BTNH, logsumexp_BTN)
-
-
-def _blockwise_backward(spec, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, *outputs = residuals
-    queries = _cut(q_positions_BT, q_segment_ids_BT, spec.block_q)
-    keys = _cut(kv_positions_BS, kv_segment_ids_BS, spec.block_k)
-    return *_backward(q_BTNH, k_BSKH, v_BSKH, *outputs, *cotangents, queries, keys, spec), None, None, None, None
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-def _forward(q_BTNH, k_BSKH, v_BSKH, queries: Blocks, keys: Blocks, spec: Spec):
     B, T, N, H = q_BTNH.shape
     K, P, G = k_BSKH.shape[2], spec.block_q, N // k_BSKH.shape[2]
-    first_I, last_I = _range(queries, keys, spec.causal)
+    queries, keys = _cut_both(marks, spec)
+    first_I, last_I = _ranges(queries, keys, spec)
 
     def query_block(i, outputs):
         q_BKRH = _rows(q_BTNH, queries.starts[i], P, K)
@@ -136,12 +108,12 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, queries: Blocks, keys: Blocks, spec: Spec):
     return out_BTNH, logsumexp_BTN1[..., 0]
 
 
-def _backward(
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logsumexp_BTN, queries: Blocks, keys: Blocks, spec
-):
+def backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logsumexp_BTN, marks: Marks, spec: Spec):
+    """Returns the gradients of q, k and v from the outputs of `forward` and the cotangents of both."""
     B, S, K, H = k_BSKH.shape
     P, R = spec.block_q, spec.block_q * q_BTNH.shape[2] // K
-    first_I, last_I = _range(queries, keys, spec.causal)
+    queries, keys = _cut_both(marks, spec)
+    first_I, last_I = _ranges(queries, keys, spec)
 
     def query_block(i, grads):
         dq_BTNH, dk_BKSH, dv_BKSH = grads
@@ -192,18 +164,22 @@ def _logits(q_BKRH, k_BKCH, queries: Blocks, keys: Blocks, i, j, spec: Spec):
     return jnp.where(mask_BPC[:, None, None], logits_BKGPC, NEG_INF).reshape(B, K, R, C)
 
 
-def _cut(positions_BT, segment_ids_BT, size: int) -> Blocks:
-    T = positions_BT.shape[1]
+def cut(positions_BT, segment_ids_BT, size: int) -> Blocks:
+    """Cuts positions and segment ids of one side into blocks of `size`, at most T."""
+    B, T = positions_BT.shape
     wanted_I = jnp.arange(-(-T // size), dtype=jnp.int32) * size
     starts_I = jnp.minimum(wanted_I, T - size)
-    index_IP = starts_I[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
-    stale_IP = index_IP < wanted_I[:, None]
-    positions_IBP, segment_ids_IBP = (jnp.moveaxis(x[:, index_IP], 0, 1) for x in (positions_BT, segment_ids_BT))
-    return Blocks(starts_I, positions_IBP, jnp.where(stale_IP[:, None, :], 0, segment_ids_IBP), stale_IP)
+    stale_IP = starts_I[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :] < wanted_I[:, None]
+
+    def blocks(x_BT):
+        x_BT = jnp.concatenate([x_BT[:, : (T - 1) // size * size], x_BT[:, T - size :]], axis=1)
+        return jnp.swapaxes(x_BT.reshape(B, -1, size), 0, 1)
+
+    return Blocks(starts_I, blocks(positions_BT), jnp.where(stale_IP[:, None], 0, blocks(segment_ids_BT)), stale_IP)
 
 
-def _range(queries: Blocks, keys: Blocks, causal: bool):
-    """Returns the first key block that each query block may see, and one past the last; int32 [I] each.
+def seen(queries: Blocks, keys: Blocks, causal: bool):
+    """Returns [I, J, B] bool: False only where no query of the one block may see any key of the other.
 
     If a query sees a key, then the key's (segment, position) is not greater, in lexicographic order, than the query's.
     So a block of keys whose least pair is greater than a block of queries' greatest pair is invisible to all of it,
@@ -216,23 +192,42 @@ def _range(queries: Blocks, keys: Blocks, causal: bool):
     seen_IJB = (k_low_1JB <= q_high_I1B) & (q_low_I1B <= k_high_1JB)
     if causal:
         seen_IJB &= (k_low_1JB < q_high_I1B) | (k_earliest_1JB <= q_latest_I1B)
-    J = keys.starts.size
-    j_1J1 = jnp.arange(J, dtype=jnp.int32)[None, :, None]
-    return jnp.where(seen_IJB, j_1J1, J).min(axis=(1, 2)), jnp.where(seen_IJB, j_1J1 + 1, 0).max(axis=(1, 2))
+    return seen_IJB
+
+
+def bounds(seen_IJB, axis: int | tuple[int, int]):
+    """Returns the index along `axis` (the first of them) of the first True, and of the last one plus 1; int32.
+
+    Without any True the range is empty: (size, 0).
+    """
+    along = axis if isinstance(axis, int) else axis[0]
+    index = jax.lax.broadcasted_iota(jnp.int32, seen_IJB.shape, along)
+    size = seen_IJB.shape[along]
+    return jnp.where(seen_IJB, index, size).min(axis=axis), jnp.where(seen_IJB, index + 1, 0).max(axis=axis)
+
+
+def _cut_both(marks: Marks, spec: Spec) -> tuple[Blocks, Blocks]:
+    queries = cut(marks.q_positions_BT, marks.q_segment_ids_BT, spec.block_q)
+    return queries, cut(marks.kv_positions_BS, marks.kv_segment_ids_BS, spec.block_k)
+
+
+def _ranges(queries: Blocks, keys: Blocks, spec: Spec):
+    """Returns the first key block that each query block needs for any row of the batch, and one past the last."""
+    return bounds(seen(queries, keys, spec.causal), axis=(1, 2))
 
 
 def _least(blocks: Blocks):
     """Returns the least segment id of each block but for padding, and the least position in it; int32 [I, B] each."""
-    segments = jnp.where(blocks.segment_ids == 0, NO_POSITION.max, blocks.segment_ids)
+    segments = jnp.where(blocks.segment_ids == 0, INT32.max, blocks.segment_ids)
     least = segments.min(axis=-1, keepdims=True)
-    return least[..., 0], jnp.where(segments == least, blocks.positions, NO_POSITION.max).min(axis=-1)
+    return least[..., 0], jnp.where(segments == least, blocks.positions, INT32.max).min(axis=-1)
 
 
 def _greatest(blocks: Blocks):
     """Returns the greatest segment id of each block but for padding, and the greatest position in it."""
-    segments = jnp.where(blocks.segment_ids == 0, NO_POSITION.min, blocks.segment_ids)
+    segments = jnp.where(blocks.segment_ids == 0, INT32.min, blocks.segment_ids)
     greatest = segments.max(axis=-1, keepdims=True)
-    return greatest[..., 0], jnp.where(segments == greatest, blocks.positions, NO_POSITION.min).max(axis=-1)
+    return greatest[..., 0], jnp.where(segments == greatest, blocks.positions, INT32.min).max(axis=-1)
 
 
 def _rows(x_BTNX, start, size: int, K: int):

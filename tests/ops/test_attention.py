@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec
 from qwen_jax import sharding
 from qwen_jax.errors import InputError
 from qwen_jax.ops import attention as ops
-from qwen_jax.ops import blockwise
 
 TOLERANCE = 1e-5  # float32 sums in another order; absolute where values are of order 1
 MARKS = ("q_positions_BT", "kv_positions_BS", "q_segment_ids_BT", "kv_segment_ids_BS")
@@ -59,9 +58,9 @@ def reference(q, k, v, *marks, causal=True):
     return ops.attention(q, k, v, **dict(zip(MARKS, marks, strict=True)), causal=causal, backend="reference")
 
 
-def by_blocks(q, k, v, *marks, causal=True, blocks=(16, 16)):
-    spec = blockwise.Spec(q.shape[-1] ** -0.5, causal, min(blocks[0], q.shape[1]), min(blocks[1], k.shape[1]))
-    return blockwise.blockwise(q, k, v, *marks, spec)
+def by_blocks(q, k, v, *marks, causal=True, blocks=(16, 16), backend="blockwise"):
+    keywords = dict(zip(MARKS, marks, strict=True), causal=causal, block_sizes=blocks)
+    return ops.attention(q, k, v, **keywords, backend=backend)
 
 
 def with_gradients(attend):
@@ -205,7 +204,7 @@ def test_temporary_memory_grows_linearly():
 def test_remat_policy_that_keeps_the_named_outputs_runs_the_forward_once():
     q, k, v, *_ = arrays(6, 1, 32, 32, 2, 1, 8)
     seen_by = marks(6, "ordinary", 1, 32, 32)
-    keep = jax.checkpoint_policies.save_only_these_names(blockwise.RESIDUALS)
+    keep = jax.checkpoint_policies.save_only_these_names(ops.RESIDUALS)
     loss = lambda q, k, v: jnp.sum(by_blocks(jnp.sin(q), k, v, *seen_by)[0] ** 2)
     text = [str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=p)))(q, k, v)) for p in (keep, None)]
     assert [x.count("while[") for x in text] == [2, 3]
@@ -242,7 +241,9 @@ def test_inside_shard_map_each_device_skips_by_its_own_rows_and_keys_sum_their_g
 
     def run(q, k, v, d_out, d_logsumexp, *marks):
         specs = into[:3] + into[5:]
-        attend = jax.shard_map(by_blocks, mesh=mesh, in_specs=specs, out_specs=out_of[:2])
+        attend = jax.shard_map(
+            functools.partial(by_blocks, backend="tpu"), mesh=mesh, in_specs=specs, out_specs=out_of[:2]
+        )
         return with_gradients(attend)(q, k, v, d_out, d_logsumexp, *marks)
 
     assert_close(jax.jit(run)(*inputs), with_gradients(by_blocks)(*inputs))

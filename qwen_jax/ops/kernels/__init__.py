@@ -1,0 +1,1 @@
+"""Kernels written for one kind of accelerator, behind the contract of ops.attention."""

@@ -1,0 +1,107 @@
+"""The TPU kernels: interpreted against blockwise attention, and compiled ahead of time for real topologies."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.ops import blockwise
+from qwen_jax.ops.kernels import flash_tpu
+from tests.ops import test_attention as cases
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks at short lengths: 128 positions of two heads, 128 keys."""
+    monkeypatch.setattr(flash_tpu, "ROWS", 256)
+    monkeypatch.setattr(flash_tpu, "BLOCK_K", 128)
+
+
+def run(kernels, spec, q, k, v, d_out, d_logsumexp, marks):
+    """Returns both outputs and the gradients of q, k and v."""
+    outputs = kernels.forward(q, k, v, marks, spec)
+    return *outputs, *kernels.backward(q, k, v, *outputs, d_out, d_logsumexp, marks, spec)
+
+
+class Interpreted:
+    forward = staticmethod(functools.partial(flash_tpu.forward, interpret=True))
+    backward = staticmethod(functools.partial(flash_tpu.backward, interpret=True))
+
+
+@pytest.mark.parametrize("shape, causal", [((2, 200, 300, 4, 2, 8), True), ((1, 130, 130, 3, 1, 16), False)])
+def test_kernels_equal_blockwise_with_all_gradients(shape, causal):
+    spec = blockwise.Spec(shape[-1] ** -0.5, causal, 64, 64)
+    interpreted, expected = (jax.jit(functools.partial(run, kernels, spec)) for kernels in (Interpreted, blockwise))
+    for kind in ("packed", "cache", "random"):
+        marks = blockwise.Marks(*cases.marks(1, kind, *shape[:3]))
+        inputs = *cases.arrays(0, *shape), marks
+        cases.assert_close(interpreted(*inputs), expected(*inputs))
+
+
+def test_kernels_do_not_touch_blocks_that_nobody_sees():
+    B, T, S = 2, 128, 384
+    q, k, v, *cotangents = cases.arrays(2, B, T, S, 2, 1, 8)
+    index = np.arange(S)[None].repeat(B, 0)
+    seen = (index >= 128) & (index < 256)  # earlier keys are of another document, later ones are later
+    positions, segments = index, 1 + (index >= 128)
+    marks = blockwise.Marks(positions[:, 128:256], positions, segments[:, 128:256], segments)
+    spec = blockwise.Spec(1.0, True, T, 128)
+    interpreted = jax.jit(functools.partial(run, Interpreted, spec))
+    dirty = interpreted(q, *cases.poisoned(k, v, ~seen), *cotangents, marks)
+    cases.assert_close(dirty, interpreted(q, k, v, *cotangents, marks))
+    assert all(np.all(np.isfinite(x)) for x in dirty)
+
+
+AHEAD_OF_TIME = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from qwen_jax import sharding
+from qwen_jax.ops.attention import attention
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, context=2, tensor=len(devices) // 4), devices)
+rules = sharding.Rules()
+rows, keys = rules.spec(("batch", "length", "heads", "head_dim")), rules.spec(("batch", None, "kv_heads", "head_dim"))
+row_marks, key_marks = PartitionSpec(*rows[:2]), PartitionSpec(*keys[:2])
+specs = rows, keys, keys, row_marks, key_marks, row_marks, key_marks
+
+def local(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+    return attention(q, k, v, q_positions_BT=q_positions, kv_positions_BS=kv_positions,
+                     q_segment_ids_BT=q_segment_ids, kv_segment_ids_BS=kv_segment_ids)
+
+def loss(q, k, v, *marks):
+    attend = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, PartitionSpec(*rows[:3])))
+    out, logsumexp = attend(q, k, v, *marks)
+    return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(logsumexp)
+
+shapes = [(4, 1024, heads, 128) for heads in (28, 4, 4)]
+inputs = [(shape, jnp.bfloat16) for shape in shapes] + [((4, 1024), jnp.int32)] * 4
+inputs = [jax.ShapeDtypeStruct(shape, t, sharding=NamedSharding(mesh, spec))
+          for (shape, t), spec in zip(inputs, specs, strict=True)]
+text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs).compile().as_text()
+print(json.dumps({"kernels": text.count('custom_call_target="tpu_custom_call"'), "loops": text.count(" while(")}))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_auto_inside_shard_map_compiles_to_the_kernels_for_a_tpu(topology):
+    import libtpu
+
+    environment = dict(os.environ, TPU_LIBRARY_PATH=libtpu.get_library_path(), TPU_SKIP_MDS_QUERY="1")
+    environment |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="true", XLA_FLAGS="")
+    command = [sys.executable, "-c", AHEAD_OF_TIME, topology]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Forward, gradient of the queries, gradient of keys and values; no loop: blockwise is not what was compiled.
+    assert json.loads(done.stdout.splitlines()[-1]) == {"kernels": 3, "loops": 0}
