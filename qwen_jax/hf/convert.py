@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.errors import InputError
-from qwen_jax.hf import files, layouts, loading, saving
+from qwen_jax.hf import files, layouts, loading, saving, settings
 from qwen_jax.hf.layouts import Entry
 
 # What a model needs beside its weights. No code: v1's tokenization_*.py stays behind.
@@ -22,7 +22,7 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "qwen.tiktoken", "generation_config.json", "LICENSE",
 )  # fmt: skip
-KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json: generation reads them
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json: generation reads them
 
 
 def convert(
@@ -48,16 +48,24 @@ def convert(
         whole = tuple(range(sizes[letter]) for letter in entry.ours)
         return source.read(origin[entry.path], layer, whole).astype(kind)
 
-    kept = files.read_json(source.folder / "config.json")
     saving.write(
         dst,
         source.config,
         source.config.param_dtype,
         fetch,
         shard_bytes,
-        extra={name: kept[name] for name in KEPT_FIELDS if kept.get(name) is not None},
+        fields=_fields(source),
         companions=tuple(source.folder / name for name in COMPANIONS if (source.folder / name).is_file()),
     )
+
+
+def _fields(source: loading.Source) -> dict:
+    """The source's own config.json but for the dtype, so that what we do not read is kept; a new one for v1."""
+    dtype, kept = source.config.param_dtype, files.read_json(source.folder / "config.json")
+    if kept["model_type"] == "qwen":
+        return settings.write(source.config, dtype) | {name: kept[name] for name in TOKEN_FIELDS if name in kept}
+    spelled = [name for name in ("dtype", "torch_dtype") if name in kept] or ["torch_dtype"]
+    return kept | dict.fromkeys(spelled, dtype)
 
 
 def main(arguments: list[str] | None = None) -> int:

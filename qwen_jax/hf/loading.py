@@ -52,7 +52,8 @@ def load(
     loaded = {}
     for entry, struct in sorted(source.rows, key=lambda row: -row[1].size):  # the largest while there is most room
         loaded[entry.path] = _place(source, entry, struct, split.get(entry.path))
-    logger.info("loaded %s: %d parameters as %s", source.folder, len(loaded), source.config.param_dtype)
+    count = source.config.param_counts()["total"]
+    logger.info("loaded %s: %d parameters as %s", source.folder, count, source.config.param_dtype)
     return source.config, layouts.nested(loaded)
 
 

@@ -73,7 +73,7 @@ def write(
     fetch: Callable[[Entry, int], np.ndarray],
     shard_bytes: int,
     *,
-    extra: dict | None = None,
+    fields: dict | None = None,
     companions: tuple[pathlib.Path, ...] = (),
     primary: bool = True,
 ) -> None:
@@ -85,7 +85,7 @@ def write(
       dtype: of what is written.
       fetch: (row, layer) -> that parameter in our axes, without L, in that dtype.
       shard_bytes: as in `save`.
-      extra: further fields for config.json.
+      fields: config.json, with the model_type of a layout in `layouts.TABLES`; made from `config` if None.
       companions: files to copy beside the weights.
       primary: whether this process writes; the others only take part in the fetching.
 
@@ -94,7 +94,7 @@ def write(
     """
     if shard_bytes < 1:
         raise InputError(f"shard_bytes is {shard_bytes}; expected at least 1")
-    fields = settings.write(config, dtype) | (extra or {})
+    fields = fields or settings.write(config, dtype)
     shards = _shards(_items(config, fields["model_type"], dtype), shard_bytes)
     if not primary:
         for item in (item for shard in shards for item in shard):
@@ -103,6 +103,7 @@ def write(
     target = target.resolve()
     _refuse_target(target)
     scratch = _beside(target, "partial")
+    scratch.mkdir(parents=True)
     try:
         _fill(scratch, fields, shards, dtype, fetch)
         _keep_other_files(target, scratch)
@@ -206,10 +207,8 @@ def _refuse_target(target: pathlib.Path) -> None:
 
 
 def _beside(target: pathlib.Path, suffix: str) -> pathlib.Path:
-    """Makes an empty folder on the target's file system."""
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{suffix}"
-    folder.mkdir(parents=True)
-    return folder
+    """Returns a new name on the target's file system."""
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 
 def _keep_other_files(target: pathlib.Path, scratch: pathlib.Path) -> None:
@@ -226,7 +225,7 @@ def _swap(scratch: pathlib.Path, target: pathlib.Path) -> None:
         os.rename(scratch, target)
         return
     old = _beside(target, "old")
-    os.rename(target, old)  # onto an empty folder: one step
+    os.rename(target, old)
     try:
         os.rename(scratch, target)
     except BaseException:

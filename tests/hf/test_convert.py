@@ -20,7 +20,7 @@ def same(a, b):
 
 
 def test_the_model_stays_what_it_is(family, tmp_path):
-    src = made_up.checkpoint(tmp_path / "src", family, dtype=np.float32)
+    src = made_up.checkpoint(tmp_path / "src", family, dtype=np.float32, torch_dtype="float32")
     for name in ("tokenizer.json", "generation_config.json", "run_me.py", "pytorch_model.bin"):
         (src / name).write_text("{}")
     assert convert.main([str(src), str(tmp_path / "dst"), "--dtype", "bfloat16", "--shard-bytes", "20000"]) == 0
@@ -31,7 +31,16 @@ def test_the_model_stays_what_it_is(family, tmp_path):
     names = {file.name for file in (tmp_path / "dst").iterdir()}
     assert {"tokenizer.json", "generation_config.json", "model.safetensors.index.json"} < names
     assert not {"run_me.py", "pytorch_model.bin", "model.safetensors"} & names
-    assert json.loads((tmp_path / "dst" / "config.json").read_text())["eos_token_id"] == 2
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (src, tmp_path / "dst"))
+    assert after == before | {"torch_dtype": "bfloat16"}
+
+
+def test_fields_we_do_not_compute_with_are_kept(tmp_path):
+    chunks = {"chunk_size": 96, "local_size": 32, "original_max_position_embeddings": 96}
+    fields = made_up.fields(tiny(), dual_chunk_attention_config=chunks, dtype="bfloat16", torch_dtype=None)
+    src = made_up.write(tmp_path / "src", fields, made_up.tensors(tiny()))
+    convert.convert(src, tmp_path / "dst", dtype="float32")
+    assert json.loads((tmp_path / "dst" / "config.json").read_text()) == fields | {"dtype": "float32"}
 
 
 def test_qwen_v1_becomes_qwen2(tmp_path):
