@@ -14,6 +14,7 @@ REQUIRED = [
     "array_record>=0.8.6",
     "importlib_resources>=7.1",  # tensorflow-datasets needs it for builders found by name, and does not ask for it
     "sentencepiece>=0.2.2",
+    "protobuf>=7.36",  # for SentencePiece models
     "tokenizers>=0.23",
     "tiktoken>=0.14",
     "regex>=2026.1",
@@ -24,7 +25,7 @@ REQUIRED = [
     "tensorboardX>=2.6.5",
     "matplotlib>=3.11",
 ]
-TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17"]
+TEST = ["pytest>=9", "jinja2>=3.1", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17"]
 
 setup(
     name="qwen_jax",

@@ -36,7 +36,7 @@ class Config:
     dataset: str = "chitchat"  # a name that data.sources knows
     tokenizer: str = ""  # file or folder; empty: one of model.vocab_size tokens is trained on the training split
     length: int = 256  # tokens in a row
-    batch_size: int = 16  # rows in a step
+    batch_size: int = 8  # rows in a step
     microbatches: int = 1  # pieces of a batch held at a time
     validation_rows: int = 128  # how many rows each evaluation reads
     mesh: MeshConfig = MeshConfig()
@@ -46,14 +46,14 @@ class Config:
 def small() -> Config:
     """1M parameters on human chats: two CPU cores, 2.5 minutes."""
     model = QwenConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, rope_theta=1e4, tie_word_embeddings=True,
-        dtype="float32",
+        initializer_range=0.06, dtype="float32",
     )  # fmt: skip
     return Config(
         model=model,
-        optimizer=OptimizerConfig(peak_lr=4e-3, schedule="wsd", warmup_steps=30, decay_steps=100, weight_decay=0.1),
-        loop=LoopConfig(steps=350, log_every=10, eval_every=50, checkpoint_every=100),
+        optimizer=OptimizerConfig(peak_lr=3e-3, schedule="wsd", warmup_steps=50, decay_steps=250, final_ratio=0.05),
+        loop=LoopConfig(steps=600, log_every=20, eval_every=100, checkpoint_every=200),
     )
 
 
@@ -144,8 +144,8 @@ def first(some: Sequence[LMBatch], count: int) -> list[LMBatch]:
     return [some[index] for index in range(min(count, len(some)))]
 
 
-def run(config: Config, folder, recipe: str) -> None:
-    """Trains to the end, or on from where the folder stands."""
+def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:
+    """Trains to the end, or on from where the folder stands; returns the training and validation rows."""
     mesh = sharding.make_mesh(config.mesh)
     built = build(config, mesh)
     folder = workdir.prepare(folder, config, experiment="pretrain", recipe=recipe)
@@ -172,6 +172,7 @@ def run(config: Config, folder, recipe: str) -> None:
     )
     report.write(folder, title=f"pretrain {recipe}")
     print(f"[pretrain] done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}", flush=True)
+    return train, validation
 
 
 if __name__ == "__main__":

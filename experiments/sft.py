@@ -7,6 +7,7 @@ from a Hugging Face folder given with --base.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,6 +17,7 @@ from experiments.pretrain import small as small_pretrain
 from experiments.pretrain import smoke as smoke_pretrain
 from qwen_jax import config as configs
 from qwen_jax import sharding, tokenizer
+from qwen_jax.batches import LMBatch
 from qwen_jax.config import QwenConfig
 from qwen_jax.data import conversations, loader, packing, sources
 from qwen_jax.errors import InputError
@@ -40,7 +42,7 @@ class Config:
     )
     too_long: conversations.TooLong = "split"  # what becomes of a conversation of more than `length` tokens
     length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     microbatches: int = 1
     validation_rows: int = 128
     mesh: MeshConfig = MeshConfig()
@@ -51,8 +53,8 @@ def small() -> Config:
     """Human chats on the model of `pretrain small`: two CPU cores, one minute."""
     return Config(
         model=small_pretrain().model,
-        optimizer=OptimizerConfig(peak_lr=1e-3, schedule="constant", warmup_steps=20, weight_decay=0.1),
-        loop=LoopConfig(steps=120, log_every=10, eval_every=20, checkpoint_every=60),
+        optimizer=OptimizerConfig(peak_lr=1e-3, schedule="constant", warmup_steps=20),
+        loop=LoopConfig(steps=200, log_every=20, eval_every=50, checkpoint_every=100),
     )
 
 
@@ -94,7 +96,7 @@ def from_base(config: Config) -> Config:
 
 
 def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> packing.PackedRows:
-    """Returns the packed rows of one split, and says what became of the conversations."""
+    """Returns the packed rows of one split, and says what became of its conversations."""
     documents = conversations.chat_documents(
         sources.load(config.dataset, split), tok, generation=config.template, loss=config.loss,
         max_length=config.length, too_long=config.too_long,
@@ -104,8 +106,8 @@ def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> packing.Packed
     return packed
 
 
-def run(config: Config, folder, recipe: str) -> None:
-    """Fine-tunes to the end, or on from where the folder stands."""
+def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:
+    """Fine-tunes to the end, or on from where the folder stands; returns the training and validation rows."""
     config = from_base(config)
     mesh = sharding.make_mesh(config.mesh)
     built = build(config, mesh)
@@ -140,6 +142,7 @@ def run(config: Config, folder, recipe: str) -> None:
     )
     report.write(folder, title=f"sft {recipe}")
     print(f"[sft] done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}", flush=True)
+    return train, validation
 
 
 if __name__ == "__main__":

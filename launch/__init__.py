@@ -1,0 +1,1 @@
+"""How a recipe gets onto machines."""
