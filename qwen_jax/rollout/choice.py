@@ -133,7 +133,7 @@ def choose(
     if steps.num_tokens < V:
         logits_BV = sampling.only_first(logits_BV, steps.num_tokens)
     if steps.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), jnp.zeros(logits_BV.shape[0], jnp.float32)
+        return sampling.likeliest(logits_BV), jnp.zeros(logits_BV.shape[0], jnp.float32)
     logits_BC, ids_BC = sampling.temperature(logits_BV, knobs.temperature), None
     if steps.top_k:
         logits_BC, ids_BC = sampling.top_k(logits_BC, steps.top_k)

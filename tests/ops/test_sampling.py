@@ -100,6 +100,12 @@ def test_only_first(count):
     assert kept(sampling.only_first(x, count), x).tolist() == [[i < count for i in range(SHAPE[1])]] * SHAPE[0]
 
 
+@many
+@given(logits)
+def test_likeliest_is_the_first_of_the_largest(x):
+    assert sampling.likeliest(x).tolist() == [int(row.argmax()) for row in x]
+
+
 def test_draw_follows_the_probabilities_and_never_takes_what_was_removed():
     x = np.log(np.array([0.5, 0.3, 0.2, 1e-30], np.float32))
     x[3] = sampling.NEG_INF
