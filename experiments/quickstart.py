@@ -70,7 +70,7 @@ def replies(config: Config, folder: Path) -> list[str]:
     ]
     answers = rollout.generate(
         model, params, asked, jax.random.key(config.sft.seed), max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_p=config.top_p, stop_ids=tuple(
+        num_tokens=tok.vocab_size, temperature=config.temperature, top_p=config.top_p, stop_ids=tuple(
             tok.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>")
         ),
     )  # fmt: skip

@@ -6,7 +6,19 @@ first named.
 
 import importlib
 
-_PARTS = ("batches", "config", "data", "hf", "models", "objectives", "ops", "rollout", "sharding", "tokenizer", "training")
+_PARTS = (
+    "batches",
+    "config",
+    "data",
+    "hf",
+    "models",
+    "objectives",
+    "ops",
+    "rollout",
+    "sharding",
+    "tokenizer",
+    "training",
+)
 
 
 def __getattr__(name):

@@ -6,5 +6,6 @@ hf.save("my-qwen2", config, params)
 
 from qwen_jax.hf.loading import load
 from qwen_jax.hf.saving import save
+from qwen_jax.hf.settings import read_config
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_config", "save"]

@@ -4,6 +4,7 @@ Two spellings are read: `rope_theta` with `rope_scaling` and `torch_dtype`, and 
 transformers 5. Fields of Qwen v1: modeling_qwen.py of the QwenLM/Qwen repository.
 """
 
+import os
 import pathlib
 
 from qwen_jax.config import QwenConfig
@@ -51,6 +52,15 @@ class Fields:
 
     def refused(self, reason: str) -> InputError:
         return InputError(f"{self.path}: {reason}")
+
+
+def read_config(path: str | os.PathLike) -> QwenConfig:
+    """Returns the config of a checkpoint folder without opening its weights.
+
+    Raises:
+      InputError: where config.json is missing or says what this package does not compute.
+    """
+    return read(pathlib.Path(path))[0]
 
 
 def read(folder: pathlib.Path) -> tuple[QwenConfig, str]:

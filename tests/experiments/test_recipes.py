@@ -3,17 +3,24 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import pretrain, quickstart, sft
-from qwen_jax import sharding
+from qwen_jax import config, hf, models, sharding, tokenizer
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import metrics
+from qwen_jax.training import checkpoint, metrics
 from tests.conftest import MESHES
 
 TRAINING = {"pretrain": pretrain, "sft": sft}
 FULL_SIZE = [(name, recipe) for name, module in TRAINING.items() for recipe in module.RECIPES if recipe != "smoke"]
+
+
+SMALL = dict(
+    vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+)  # fmt: skip
 
 
 def losses(folder):
@@ -34,8 +41,7 @@ def alone(request, tmp_path_factory):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_smoke_trains_alike_on_every_mesh(alone, mesh, tmp_path):
     module, expected = alone
-    config = dataclasses.replace(module.smoke(), mesh=MESHES[mesh])
-    module.run(config, tmp_path / "run", "smoke")
+    module.run(dataclasses.replace(module.smoke(), mesh=MESHES[mesh]), tmp_path / "run", "smoke")
     found = losses(tmp_path / "run")
     assert len(found) == len(expected) == 4
     for got, want in zip(found, expected, strict=True):
@@ -45,12 +51,7 @@ def test_smoke_trains_alike_on_every_mesh(alone, mesh, tmp_path):
 
 
 def test_quickstart_smoke_reaches_its_report(tmp_path, capsys):
-    config = quickstart.smoke()
-    one = MeshConfig(data=-1, fsdp=1)
-    config = dataclasses.replace(
-        config, pretrain=dataclasses.replace(config.pretrain, mesh=one), sft=dataclasses.replace(config.sft, mesh=one)
-    )
-    quickstart.run(config, tmp_path / "run", "smoke")
+    quickstart.run(quickstart.smoke(), tmp_path / "run", "smoke")
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| pretrain |" in text and "| sft |" in text and "| What is 3 plus 4? |" in text
     assert "done: " in capsys.readouterr().out
@@ -68,23 +69,38 @@ def test_recipes_resolve_at_full_size_without_touching_a_device(name, recipe):
 
 
 def test_a_row_longer_than_the_model_can_read_is_refused():
-    config = dataclasses.replace(pretrain.smoke(), length=2048)
     with pytest.raises(InputError, match="length is 2048, over model.max_position_embeddings 1024"):
-        pretrain.build(config, sharding.make_mesh(MeshConfig()))
+        pretrain.build(dataclasses.replace(pretrain.smoke(), length=2048), sharding.make_mesh(MeshConfig()))
 
 
 def test_fine_tuning_needs_a_base_that_is_one(tmp_path):
-    config = dataclasses.replace(sft.smoke(), base="")
+    smoke = dataclasses.replace(sft.smoke(), base="")
     with pytest.raises(InputError, match="--base is missing"):
-        sft.run(config, tmp_path / "run", "smoke")
+        sft.run(smoke, tmp_path / "run", "smoke")
     with pytest.raises(
         InputError, match="nowhere/config.json is missing; expected a Hugging Face folder or the workdir"
     ):
-        sft.run(dataclasses.replace(config, base="nowhere"), tmp_path / "run", "smoke")
+        sft.run(dataclasses.replace(smoke, base="nowhere"), tmp_path / "run", "smoke")
     assert not (tmp_path / "run").exists()
 
 
+def test_fine_tuning_starts_from_a_published_folder(tmp_path):
+    """The road of a real run: a Hugging Face folder decides the shape, the recipe how it is computed."""
+    model = config.get("qwen3-0.6b").replace(**SMALL)
+    params = models.init(model, jax.random.key(1))
+    hf.save(tmp_path / "base", model, params)
+    tokenizer.train((f"{n} plus {m} is {n + m}." for n in range(60) for m in range(9)), 262).save(tmp_path / "base")
+    smoke = sft.smoke()
+    loop = dataclasses.replace(smoke.loop, steps=1)
+    still = dataclasses.replace(smoke.optimizer, peak_lr=0.0)
+    run = dataclasses.replace(smoke, base=str(tmp_path / "base"), optimizer=still, loop=loop, mesh=MeshConfig(fsdp=8))
+    sft.run(run, tmp_path / "run", "smoke")
+    found, tuned = checkpoint.load_params(tmp_path / "run")
+    assert found == model.replace(dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, tuned, params)  # a learning rate of 0 shows what training began with
+
+
 def test_an_unknown_dataset_is_told_the_known_ones(tmp_path):
-    config = dataclasses.replace(pretrain.smoke(), dataset="chitchatt")
+    smoke = dataclasses.replace(pretrain.smoke(), dataset="chitchatt")
     with pytest.raises(InputError, match="'chitchatt'; expected one of chitchat, made-up"):
-        pretrain.run(config, tmp_path / "run", "smoke")
+        pretrain.run(smoke, tmp_path / "run", "smoke")
