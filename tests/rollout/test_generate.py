@@ -192,6 +192,19 @@ def test_a_new_length_batch_or_value_compiles_nothing_new():
     assert generation._run._cache_size() == before
 
 
+def test_without_unrolling_the_program_does_not_grow_with_depth():
+    def lines(layers, unroll):
+        config = tiny(num_hidden_layers=layers)
+        engine, weights, request = generation._begin(
+            config, models.init(config, KEY), PROMPTS, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None,
+            first_row=0, layout=Layout(), unroll=unroll, temperature=0,
+        )  # fmt: skip
+        return len(generation._run.lower(engine, weights, request).as_text().splitlines())
+
+    assert lines(6, unroll=False) <= 1.05 * lines(2, unroll=False)
+    assert lines(6, unroll=True) > 1.5 * lines(2, unroll=True)
+
+
 def test_buckets_are_few_and_waste_at_most_a_third():
     sizes = [bucket(n, 16) for n in range(1, 32_769)]
     assert len(set(sizes)) == 23  # 16, 24, 32, 48, ..., 32768
