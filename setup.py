@@ -12,20 +12,20 @@ REQUIRED = [
     "grain>=0.2.18",
     "tensorflow-datasets>=4.9.10",
     "array_record>=0.8.6",
-    "importlib_resources>=7.1",  # tensorflow-datasets needs it for builders found by name, and does not ask for it
-    "sentencepiece>=0.2.2",
-    "protobuf>=7.36",  # for SentencePiece models
-    "tokenizers>=0.23",
-    "tiktoken>=0.14",
-    "regex>=2026.1",
-    "safetensors>=0.8",
-    "numpy>=2.4",
+    "importlib_resources>=7.1.0",  # tensorflow-datasets needs it for builders found by name, and does not ask for it
+    "sentencepiece>=0.2.3",
+    "protobuf>=7.36.2",  # for SentencePiece models
+    "tokenizers>=0.23.3",
+    "tiktoken>=0.14.0",
+    "regex>=2026.11.15",
+    "safetensors>=0.8.0",
+    "numpy>=2.4.6",
     "tyro>=1.0.17",
-    "tqdm>=4.70",
+    "tqdm>=4.70.1",
     "tensorboardX>=2.6.5",
-    "matplotlib>=3.11",
+    "matplotlib>=3.11.2",
 ]
-TEST = ["pytest>=9", "jinja2>=3.1", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17"]
+TEST = ["pytest>=9.2.0", "jinja2>=3.1.6", "pytest-xdist>=3.8.0", "hypothesis>=6.170.15", "ruff>=0.17.6"]
 
 setup(
     name="qwen_jax",
@@ -33,7 +33,7 @@ setup(
     description="Train and align Qwen models with JAX on TPU and GPU pods",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["qwen_jax", "qwen_jax.*", "experiments", "launch"]),
+    packages=find_packages(include=["qwen_jax", "qwen_jax.*", "experiments", "experiments.*", "launch"]),
     install_requires=REQUIRED,
     extras_require={
         "test": TEST,

@@ -16,7 +16,7 @@ make_environment() {
     return
   fi
   echo "[environment] making .venv with $("$python" --version) and installing the project; about a minute"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  "$python" -m venv .venv
   local log=.venv/pip.log
   if ! .venv/bin/python -m pip install --disable-pip-version-check -q -e ".${extras:+[$extras]}" >"$log" 2>&1; then
     echo "error: pip could not install the project; the end of .venv/pip.log:" >&2

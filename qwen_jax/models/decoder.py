@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
+from qwen_jax.models.attend import attend
 from qwen_jax.models.layers import Linear, RMSNorm, declare
 from qwen_jax.ops import rope
-from qwen_jax.ops.attention import attention
 from qwen_jax.sharding import Layout, constrain
 
 REMAT_POLICIES = {
@@ -77,16 +77,8 @@ class Attention(nn.Module):
                 for slots_BKSH, new_BTKH in zip(cache, (k_BSKH, v_BSKH), strict=True)
             )
             k_BSKH, v_BSKH = (jnp.swapaxes(slots_BKSH, 1, 2) for slots_BKSH in cache)
-        out_BTNH, _ = attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            q_positions_BT=where.positions_BT,
-            kv_positions_BS=where.kv_positions_BS,
-            q_segment_ids_BT=where.segment_ids_BT,
-            kv_segment_ids_BS=where.kv_segment_ids_BS,
-            backend=c.attention,
-        )
+        marks = (where.positions_BT, where.kv_positions_BS, where.segment_ids_BT, where.kv_segment_ids_BS)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, marks, backend=c.attention, layout=layout)
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
         return Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")(out_BTNH), cache
 

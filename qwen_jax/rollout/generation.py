@@ -25,6 +25,8 @@ ONE_DEVICE = Layout()
 # `generate` gathers each weight at each token: slow, but it needs no more memory than training.
 DECODE_RULES = sharding.Rules(embed=())
 
+UNROLLED_LAYERS = 8  # deeper models compile one layer and scan it: 48 layers then compile as fast as 6
+
 
 class Completions(NamedTuple):
     """What was sampled.
@@ -61,7 +63,7 @@ class Prepared:
     weights: dict
 
 
-def prepare(config: QwenConfig, params: dict, *, layout: Layout = ONE_DEVICE, unroll: bool = True) -> Prepared:
+def prepare(config: QwenConfig, params: dict, *, layout: Layout = ONE_DEVICE, unroll: bool | None = None) -> Prepared:
     """Lays weights out for decoding, once for many calls: fused, in config.dtype, on the devices that use them.
 
     `generate` does so itself when it is given params; a chat, or several calls with the same weights, save that time.
@@ -69,6 +71,7 @@ def prepare(config: QwenConfig, params: dict, *, layout: Layout = ONE_DEVICE, un
     Args:
       config, params, layout, unroll: as in `generate`.
     """
+    unroll = config.num_hidden_layers <= UNROLLED_LAYERS if unroll is None else unroll
     config = config.replace(scan_layers=not unroll, remat="none")
     return Prepared(config, layout, _fuser(config, layout)(params))
 
@@ -100,7 +103,7 @@ def generate(
     num_tokens: int | None = None,
     first_row: int = 0,
     layout: Layout = ONE_DEVICE,
-    unroll: bool = True,
+    unroll: bool | None = None,
 ) -> Completions:
     """Answers every prompt: one program reads them all, then samples token by token until all rows have stopped.
 
@@ -123,7 +126,8 @@ def generate(
         are tokens if None.
       first_row: the row number of prompts[0]; lets a long list be answered in pieces as if it were one.
       layout: mesh and rules; DECODE_RULES suit decoding. In a multi-host run all processes pass the same prompts.
-      unroll: compile every layer of its own: faster steps, compile time that grows with depth. False compiles one.
+      unroll: compile every layer of its own: steps about a tenth faster on a CPU, compile time that grows with depth.
+        None does so up to UNROLLED_LAYERS layers.
 
     Returns:
       Completions, whole on every device.
@@ -151,7 +155,7 @@ def stream(
     stop_ids: Sequence[int] = (),
     num_tokens: int | None = None,
     layout: Layout = ONE_DEVICE,
-    unroll: bool = True,
+    unroll: bool | None = None,
     **sampling: float,
 ) -> Iterator[int]:
     """Answers one prompt, token by token: those of `generate(config, params, [prompt], key, ...)`, as they come.

@@ -120,6 +120,8 @@ class _Run:
             return state
         self.peak, source = peak_flops(self.program.layout.mesh)
         progress.say(f"peak {self.peak / 1e12:.3g} TFLOP/s ({source})")
+        if start == 0 and self.validation:
+            self._evaluate(0, state.params)  # what training begins with
         step_fn, waiting = self._compiled(), None
         self._start_clock(start)
         for step in range(start + 1, config.steps + 1):

@@ -113,7 +113,7 @@ def _abstract_state(init_params, param_axes, tx, layout):
 def _abstract_batch(batch, layout: Layout, microbatches: int):
     """Returns the batch as structs: rows over the batch axes, positions over the length axes."""
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % microbatches:
+    if microbatches < 1 or rows % microbatches or not rows:
         raise InputError(f"batch_size {rows} cannot be cut into {microbatches} microbatches; expected a multiple")
     share = rows // microbatches
     if share % layout.size("batch"):

@@ -43,7 +43,7 @@ def test_smoke_trains_alike_on_every_mesh(alone, mesh, tmp_path):
     module, expected = alone
     module.run(dataclasses.replace(module.smoke(), mesh=MESHES[mesh]), tmp_path / "run", "smoke")
     found = losses(tmp_path / "run")
-    assert len(found) == len(expected) == 4
+    assert len(found) == len(expected) == 5
     for got, want in zip(found, expected, strict=True):
         assert got == pytest.approx(want, abs=1e-4)
     assert (tmp_path / "run" / "report.md").read_text().startswith("# ")

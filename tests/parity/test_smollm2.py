@@ -6,6 +6,7 @@ Opt-in, for it downloads 98 MB: QWEN_JAX_DOWNLOADS=1. Needs torch, transformers 
 import os
 import pydoc_data.topics
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from qwen_jax import hf, models  # noqa: E402
+from qwen_jax import hf, models, rollout  # noqa: E402
 from tests.hf import made_up  # noqa: E402
 from tests.parity import ours, reference, smollm2  # noqa: E402
 
@@ -59,3 +60,20 @@ def test_a_round_trip_keeps_every_byte(tmp_path):
     before, after = made_up.held(smollm2.folder()), made_up.held(tmp_path)
     assert before.keys() == after.keys() and len(list(tmp_path.glob("*.safetensors"))) == 3
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+def test_greedy_answers_are_those_of_transformers(text):
+    prompts = [
+        text.reshape(-1)[start : start + length].tolist() for start, length in ((0, 5), (40, 17), (90, 33), (200, 64))
+    ]
+    config, params = hf.load(smollm2.folder(), dtype="float32")
+    config = config.replace(dtype="float32")
+    found = rollout.generate(config, params, prompts, jax.random.key(0), max_new_tokens=32, temperature=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.folder(), dtype=torch.float32).eval()
+    for prompt, tokens in zip(prompts, np.asarray(found.tokens).tolist(), strict=True):
+        with torch.no_grad():
+            answer = theirs.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                max_new_tokens=32, min_new_tokens=32, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert tokens == answer[0, len(prompt) :].tolist()

@@ -56,8 +56,9 @@ def test_it_writes_figures_and_tells_of_compilation(tmp_path, capsys):
     rows = metrics.read(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [2, 4]
     logged = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "model_flops_utilisation"}
-    assert logged <= rows[0].keys()
-    assert rows[0]["tokens_per_second"] == pytest.approx(8 * 16 / rows[0]["step_seconds"])
+    assert [row["step"] for row in rows if "validation/loss" in row] == [0, 2, 4]
+    assert logged <= rows[1].keys()
+    assert rows[1]["tokens_per_second"] == pytest.approx(8 * 16 / rows[1]["step_seconds"])
     out = capsys.readouterr().out
     assert "compiling the train step" in out and "compiled in" in out and "step 2/4" in out
     assert list(tmp_path.glob("events.out.tfevents.*"))
