@@ -2,8 +2,9 @@
 
     python -m experiments.pretrain small --workdir runs/pretrain
 
-`small` trains a 1-million-parameter model on the text of 4,000 human chats on two CPU cores: about 2.5 minutes, from
-7.7 to about 4.3 nats per token on held-out chats. `smoke` takes seconds and needs no network.
+`small` trains a 0.9-million-parameter model on the text of 4,000 human chats on two CPU cores: about 3 minutes, from
+6.9 to 3.83 nats per token on held-out chats (a Kneser-Ney bigram of the same tokens: 4.10). `smoke` takes seconds and
+needs no network.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Config:
 
 
 def small() -> Config:
-    """1M parameters on human chats: two CPU cores, 2.5 minutes."""
+    """0.9M parameters on human chats: two CPU cores, 3 minutes."""
     model = QwenConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, rope_theta=1e4, tie_word_embeddings=True,

@@ -4,8 +4,8 @@
 
 Real data (4,000 chats between people), two CPU cores, about five minutes and under 4 GB. In both stages the held-out
 loss falls below that of a Kneser-Ney bigram model counted on the same tokens; the figures of your run stand in
-report.md. A 1-million-parameter model does not know anything: its replies show that it learnt whose turn it is, how
-people chat, and when to stop. Stopped, it goes on from its last checkpoint when it is started again.
+report.md. A model of 0.9 million parameters does not know anything: its replies show that it learnt whose turn it is,
+how people chat, and when to stop. Stopped, it goes on from its last checkpoint when it is started again.
 """
 
 import dataclasses

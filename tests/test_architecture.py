@@ -66,7 +66,7 @@ def test_a_file_imports_only_from_below(path):
             assert banned not in (words[0], other), f"{path} ({here}) imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda path: path.name)
 def test_experiments_have_recipes_a_smoke_and_a_docstring(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
