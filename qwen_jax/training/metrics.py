@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -59,7 +60,8 @@ class Progress:
         import tqdm
 
         self._label, self._total = label, total
-        self._live = sys.stderr.isatty()
+        # A terminal that says it has no lines (some containers' do) gets plain lines: a bar would draw nothing there.
+        self._live = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
         self._bar = tqdm.tqdm(
             desc=label, initial=start, total=total, disable=not self._live, dynamic_ncols=True, unit="step"
         )
