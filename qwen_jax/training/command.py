@@ -1,7 +1,9 @@
 """The command line of an experiment: a recipe's name, a workdir, and flags made from the recipe's own dataclass."""
 
 import argparse
+import contextlib
 import difflib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -49,14 +51,27 @@ def parse(doc: str, recipes: dict[str, Callable], argv: list[str]):
     head.add_argument("--workdir")
     known, rest = head.parse_known_args(argv[1:])
     default = recipes[argv[0]]()
-    config, unknown = tyro.cli(
-        type(default), default=default, args=rest, return_unknown_args=True, prog=argv[0], description=doc
-    )
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            config, unknown = tyro.cli(
+                type(default), default=default, args=rest, return_unknown_args=True, prog=argv[0], description=doc
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise InputError(_unboxed(told.getvalue())) from None
     if unknown:
         raise InputError(f"unknown flag {unknown[0]!r}; nearest: {', '.join(_nearest(unknown[0], default))}")
     if not known.workdir:
         raise InputError("--workdir is missing; expected a folder for this run's checkpoints and figures")
     return argv[0], known.workdir, config
+
+
+def _unboxed(text: str) -> str:
+    """Returns what tyro says in a box, up to its first rule, as one line."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.split("│ ─")[0].splitlines()[1:]]
+    return " ".join(line for line in lines if line)
 
 
 def _summary(function: Callable) -> str:

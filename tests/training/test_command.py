@@ -40,6 +40,7 @@ def test_flags_change_the_recipe():
         (["smal", "--workdir", "w"], "no recipe is called 'smal'; nearest: small"),
         (["small", "--workdir", "w", "--optimizer.peek-lr", "1"], "unknown flag '--optimizer.peek-lr'; nearest: --opt"),
         (["small"], "--workdir is missing"),
+        (["small", "--workdir", "w", "--length", "abc"], "Error parsing --length: invalid literal for int()"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
