@@ -2,10 +2,12 @@
 
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from qwen_jax.config import QwenConfig
@@ -54,10 +56,14 @@ class Checkpoints:
     def save(self, state: TrainState, data_state: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts a save and returns as soon as the state may be donated; `data_state` is JSON."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
-        self._manager.save(int(state.step), args=items, metrics=metrics)
+        if not self._manager.save(int(state.step), args=items, metrics=metrics):
+            raise RuntimeError(f"orbax did not save step {int(state.step)} in {self.folder}, which has {self.steps()}")
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict, list[str]] | None:
         """Returns the newest checkpoint that can be read, on the mesh that `abstract` names.
+
+        Newer ones that cannot be read are renamed to damaged-STEP-TIME: they would stand where the steps that are
+        trained again have to be saved. Where none can be read, all are left as they are.
 
         Returns:
           (state, data_state, complaints): one complaint for each newer checkpoint that could not be read; None where
@@ -71,13 +77,22 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 restored = self._manager.restore(step, args=items)
-                return restored["state"], restored["data"], complaints
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 complaints.append(f"checkpoint {self.folder / str(step)} cannot be read: {lines[0][:200]}")
+                continue
+            self._set_aside([newer for newer in self.steps() if newer > step])
+            return restored["state"], restored["data"], complaints
         if complaints:
             raise InputError("; ".join(complaints))
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps if jax.process_index() == 0 else []:
+            (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
+        if steps:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for the save under way and lets go of the folder."""
@@ -108,7 +123,7 @@ def load_params(
         wanted = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         raise InputError(f"{folder} lacks {wanted}; it has {found or 'none'}")
     path = folder / str(found[-1] if step is None else step) / "state"
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             described = reader.metadata(path).item_metadata

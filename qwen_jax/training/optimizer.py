@@ -1,5 +1,6 @@
 """AdamW with the schedules that the Qwen reports use."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,25 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; biases and norm scales are left alone
     clip_norm: float = 1.0  # global norm of the gradient; 0 for no clipping
+
+    def __post_init__(self):
+        for name in (
+            "peak_lr",
+            "warmup_steps",
+            "decay_steps",
+            "final_ratio",
+            "b1",
+            "b2",
+            "eps",
+            "weight_decay",
+            "clip_norm",
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"optimizer.{name} is {value}; expected a finite number of at least 0")
+        for name in ("b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}; expected less than 1")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -20,8 +20,8 @@ def train_step(
     """Takes one optimizer step on sum(Loss.total) / sum(Loss.weight) over all microbatches.
 
     Totals and weights are added up and divided once, so the result is that of the whole batch however it is cut and
-    however unevenly its weights (tokens) fall. A step whose loss or gradient is not finite changes neither parameters
-    nor optimizer: it is counted in the metric "skipped".
+    however unevenly its weights (tokens) fall. A step whose loss, gradient or update is not finite changes neither
+    parameters nor optimizer: it is counted in the metric "skipped".
 
     Args:
       state: donated by the caller.
@@ -38,9 +38,9 @@ def train_step(
     weight = jnp.where(loss.weight > 0, loss.weight, 1.0)
     grads = jax.tree.map(lambda grad: grad / weight, grads)
     mean, grad_norm = loss.total / weight, optax.tree.norm(grads)
-    finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
-
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # The update too: a rate or a moment can overflow where loss and gradient did not.
+    finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     new_state = state._replace(

@@ -78,9 +78,33 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_complaint(tmp_path, built, s
     restored, data, complaints = checkpoints.restore(built.state)
     assert int(restored.step) == 1 and data == {"next_index": 1}
     assert len(complaints) == 1 and "checkpoints/2 cannot be read" in complaints[0]
+    checkpoints.close()
+    assert list((tmp_path / "checkpoints").glob("damaged-2-*"))  # out of the way, not deleted
+
+
+def test_where_no_checkpoint_can_be_read_all_are_told_and_left_alone(tmp_path, built, state):
+    fill(tmp_path, state, [1.0, 2.0]).close()
     damage(tmp_path, 1)
+    damage(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path)
     with pytest.raises(InputError, match="checkpoints/2 cannot be read.*checkpoints/1 cannot be read"):
         checkpoints.restore(built.state)
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_steps_trained_again_after_a_damaged_checkpoint_are_saved(tmp_path, built, state):
+    fill(tmp_path, state, [1.0, 2.0]).close()
+    damage(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.restore(built.state)
+    checkpoints.save(at(state, 2), {"next_index": 22}, {"validation/loss": 0.5})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    restored, data, complaints = checkpoints.restore(built.state)
+    assert (int(restored.step), data, complaints) == (2, {"next_index": 22}, [])
+    with pytest.raises(RuntimeError, match="did not save step 2"):
+        checkpoints.save(at(state, 2), {"next_index": 3})
     checkpoints.close()
 
 

@@ -60,3 +60,9 @@ def test_decay_is_on_matrices_only():
         "embedding", "head", "layers/attention/k/kernel", "layers/attention/o/kernel", "layers/attention/q/kernel",
         "layers/attention/v/kernel", "layers/mlp/down/kernel", "layers/mlp/gate/kernel", "layers/mlp/up/kernel",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [("peak_lr", float("nan")), ("warmup_steps", -5), ("b2", 1.0), ("eps", -1e-8)])
+def test_a_number_that_cannot_be_is_refused_by_name(field, value):
+    with pytest.raises(InputError, match=f"optimizer.{field} is {value}"):
+        OptimizerConfig(**{field: value})
