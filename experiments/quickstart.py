@@ -106,13 +106,13 @@ def summary(config: Config, curves, baselines, before, after, seconds: float) ->
     lines = [f"# Quickstart\n\nThis start took {seconds:.0f} s. All losses are nats per token on held-out chats.\n"]
     lines += ["| stage | first | last | unigram | bigram | beats the bigram |", "|---|---|---|---|---|---|"]
     for name, rows in curves.items():
-        scores = [row["validation/loss"] for row in rows if "validation/loss" in row]
+        scores = [row["validation/loss"] for row in rows if "validation/loss" in row] or [float("nan")]
         unigram, bigram = baselines[name]["unigram"], baselines[name]["bigram"]
         verdict = "yes" if scores[-1] < bigram else "no"
         lines.append(f"| {name} | {scores[0]:.3f} | {scores[-1]:.3f} | {unigram:.3f} | {bigram:.3f} | {verdict} |")
     lines.append("\n![loss](plots/loss.png)\n")
     for name, rows in curves.items():
-        lines += [f"{name}: {line}" for line in report.speed([row for row in rows if "loss" in row])]
+        lines += [f"{name}: {line}" for line in report.speed(rows)]
     lines += ["", "| asked | before fine-tuning | after |", "|---|---|---|"]
     cell = lambda text: text.replace("|", "\\|").replace("\n", "⏎")
     lines += [

@@ -171,6 +171,33 @@ def replicated(layout: Layout) -> NamedSharding:
     return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def put(tree, shardings):
-    """Moves host arrays to the mesh in one step; in a multi-host run each process hands over its own rows."""
-    return jax.tree.map(jax.make_array_from_process_local_data, shardings, tree)
+def put(tree, structs):
+    """Moves host arrays to the mesh in one step; in a multi-host run each process hands over its own rows.
+
+    Args:
+      tree: numpy arrays [rows of this process, ...], see `share`.
+      structs: the global arrays as ShapeDtypeStructs with shardings, split over processes in their first axis only.
+    """
+    move = lambda struct, x: jax.make_array_from_process_local_data(struct.sharding, x, struct.shape[:1] + x.shape[1:])
+    return jax.tree.map(move, structs, tree)
+
+
+def share(struct) -> dict[str, int]:
+    """Returns which rows of a global array this process has to hand over, as {process_index, process_count}.
+
+    Processes whose devices differ only in axes that do not split rows (context, tensor) need the same rows, so the
+    number of shares may be smaller than the number of processes.
+
+    Raises:
+      InputError: where the rows of this process are not one even share of all rows.
+    """
+    rows = struct.shape[0]
+    places = struct.sharding.addressable_devices_indices_map(struct.shape).values()
+    held = sorted({row for place in places for row in range(*place[0].indices(rows))})
+    start, count = held[0], len(held)
+    if held != list(range(start, start + count)) or rows % count or start % count:
+        raise InputError(
+            f"the devices of process {jax.process_index()} hold {count} of {rows} rows, which are no even share in one "
+            "piece; expected batch axes whose devices lie host by host"
+        )
+    return dict(process_index=start // count, process_count=rows // count)

@@ -110,6 +110,9 @@ def test_parameters_leave_init_as_plain_arrays():
 def test_put_gives_every_device_its_rows():
     layout = Layout(sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2)))
     rows = np.arange(8 * 4).reshape(8, 4)
-    array = sharding.put(rows, layout.sharding(("batch", "length"), rows.shape))
+    where = layout.sharding(("batch", "length"), rows.shape)
+    struct = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=where)
+    assert sharding.share(struct) == dict(process_index=0, process_count=1)
+    array = sharding.put(rows, struct)
     np.testing.assert_array_equal(array, rows)
     assert array.addressable_shards[0].data.shape == (2, 2)

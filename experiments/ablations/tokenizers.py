@@ -22,7 +22,7 @@ from experiments import pretrain
 from qwen_jax import tokenizer
 from qwen_jax.batches import LMBatch
 from qwen_jax.data import conversations, sources
-from qwen_jax.training import command, metrics, workdir
+from qwen_jax.training import command, metrics, pretrained, workdir
 
 # Another tokenizer is a line here: (texts, vocab_size) -> Tokenizer.
 TRAINERS = {"byte-bpe": tokenizer.train, "unigram": tokenizer.train_sentencepiece}
@@ -93,16 +93,16 @@ def bits_per_byte(nats_per_target: float, text: Text, vocab_size: int) -> float:
 
 def train_one(config: pretrain.Config, folder: Path, name: str, recipe: str) -> Result:
     """Trains a tokenizer and a model on its tokens, or what of it is not done yet."""
-    kept = folder / "tokenizers" / name
-    if not kept.exists():
+
+    def make():
         print(f"[tokenizers] training {name} on the texts of {config.dataset}", flush=True)
         texts = map(conversations.plain_text, sources.load(config.dataset, "train"))
-        scratch = kept.with_suffix(".partial")
-        TRAINERS[name](texts, config.model.vocab_size).save(scratch)
-        scratch.rename(kept)  # whole or not at all: a run stopped here trains it again
+        return TRAINERS[name](texts, config.model.vocab_size)
+
+    kept = folder / "tokenizers" / name
+    tok = pretrained.keep_tokenizer(kept, make, at_most=config.model.vocab_size)
     config = dataclasses.replace(config, tokenizer=str(kept), validation_rows=EVERY_ROW)
     train, validation = pretrain.run(config, folder / name, recipe)
-    tok = tokenizer.load(kept)
     held_out, scores = measure(validation, tok), [r for r in metrics.read(folder / name) if "validation/loss" in r]
     bytes_per_step = config.batch_size * config.length * measure(train, tok).size / train.tokens
     bits = [bits_per_byte(row["validation/loss"], held_out, config.model.vocab_size) for row in scores]

@@ -26,6 +26,10 @@ class _Rows(Sequence):
         """Share of the rows' places that hold a token."""
         return self.tokens / (len(self) * self.length)
 
+    def first(self, count: int) -> list[LMBatch]:
+        """Returns the first rows, or all where there are fewer."""
+        return [self[index] for index in range(min(count, len(self)))]
+
 
 class PackedRows(_Rows):
     """Rows of whole documents, by best fit: each document, longest first, goes where the least room is left over.

@@ -14,7 +14,8 @@ from qwen_jax.errors import InputError
 def main(doc: str, recipes: dict[str, Callable], run: Callable, argv: list[str] | None = None) -> None:
     """Runs `python -m experiments.NAME RECIPE --workdir DIR [--field value ...]` and exits.
 
-    Exit status: 0 done; 2 bad input, told in one line; anything else is a bug, with its traceback.
+    Exit status: 0 done; 2 bad input, told in one line; 130 stopped by Ctrl-C; anything else is a bug, with a
+    traceback.
 
     Args:
       doc: the experiment's docstring, for --help.
@@ -30,6 +31,9 @@ def main(doc: str, recipes: dict[str, Callable], run: Callable, argv: list[str] 
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(doc: str, recipes: dict[str, Callable], argv: list[str]):
@@ -47,9 +51,12 @@ def parse(doc: str, recipes: dict[str, Callable], argv: list[str]):
     if argv[0] not in recipes:
         near = difflib.get_close_matches(argv[0], recipes, n=3) or list(recipes)
         raise InputError(f"no recipe is called {argv[0]!r}; nearest: {', '.join(near)}")
-    head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    head = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     head.add_argument("--workdir")
-    known, rest = head.parse_known_args(argv[1:])
+    try:
+        known, rest = head.parse_known_args(argv[1:])
+    except argparse.ArgumentError:
+        raise InputError("--workdir has no value; expected a folder for this run's checkpoints and figures") from None
     default = recipes[argv[0]]()
     told = io.StringIO()
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen_jax import sharding
 from qwen_jax.errors import InputError
+from qwen_jax.training import hosts
 from qwen_jax.training.checkpoint import Checkpoints
 from qwen_jax.training.metrics import MetricsWriter, Progress
 from qwen_jax.training.program import Program
@@ -23,7 +24,7 @@ class LoopConfig:
 
     steps: int = 1000
     log_every: int = 10
-    eval_every: int = 100  # 0: only at the end
+    eval_every: int = 100  # 0: only at the start and the end
     checkpoint_every: int = 100  # a multiple of eval_every, so that each checkpoint has the metric that ranks it
     keep_checkpoints: int = 2  # the newest ones; the best one is kept besides
     max_skipped: int = 10  # consecutive steps with a loss or gradient that is not finite, before the run gives up
@@ -32,6 +33,13 @@ class LoopConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(f"loop.{name} is {getattr(self, name)}; expected at least 1")
+        if self.eval_every < 0:
+            raise InputError(f"loop.eval_every is {self.eval_every}; expected 0 (start and end only) or more")
+        if self.eval_every and self.checkpoint_every % self.eval_every:
+            raise InputError(
+                f"loop.checkpoint_every is {self.checkpoint_every}; expected a multiple of loop.eval_every "
+                f"{self.eval_every}, so that each checkpoint is ranked by a validation loss"
+            )
 
 
 class Batches(Protocol):
@@ -76,7 +84,10 @@ def fit(
     """
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     try:
-        state = _resume(checkpoints, program, batches, label) or initial()
+        state = _resume(checkpoints, program, batches, label)
+        if state is None:
+            say(label, "making the parameters of step 0")
+            state = initial()
         start = int(state.step)
         writer = MetricsWriter(workdir, start=start)
         progress = Progress(label, start=start, total=config.steps)
@@ -97,9 +108,15 @@ def _resume(checkpoints: Checkpoints, program: Program, batches: Batches, label:
     state, data_state, complaints = restored
     batches.set_state(data_state)
     for line in complaints:
-        print(f"[{label}] {line}; going back to step {int(state.step)}", flush=True)
-    print(f"[{label}] resuming at step {int(state.step)} from {checkpoints.folder}", flush=True)
+        say(label, f"{line}; going back to step {int(state.step)}")
+    say(label, f"resuming at step {int(state.step)} from {checkpoints.folder}")
     return state
+
+
+def say(label: str, text: str) -> None:
+    """Prints a line of a run, on the first process."""
+    if hosts.is_first():
+        print(f"[{label}] {text}", flush=True)
 
 
 class _Run:
@@ -109,7 +126,6 @@ class _Run:
         self.program, self.config, self.writer, self.progress = program, config, writer, progress
         self.checkpoints, self.validation = checkpoints, validation
         self.flops_per_token, self.skipped = flops_per_token, 0
-        self.batch_shardings = jax.tree.map(lambda struct: struct.sharding, program.batch)
         rows, length = jax.tree.leaves(program.batch)[0].shape[:2]
         self.tokens_per_step = rows * length
 
@@ -120,12 +136,15 @@ class _Run:
             return state
         self.peak, source = peak_flops(self.program.layout.mesh)
         progress.say(f"peak {self.peak / 1e12:.3g} TFLOP/s ({source})")
-        if start == 0 and self.validation:
-            self._evaluate(0, state.params)  # what training begins with
-        step_fn, waiting = self._compiled(), None
+        step_fn = self._compiled("the train step", self.program.train_step, self.program.state)
+        if self.validation:
+            self.eval_step = self._compiled("the evaluation", self.program.eval_step, self.program.state.params)
+            if start == 0:
+                self._evaluate(0, state.params)  # what training begins with
+        waiting = None
         self._start_clock(start)
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, sharding.put(next(batches), self.batch_shardings))
+            state, metrics = step_fn(state, sharding.put(next(batches), self.program.batch))
             self._settle(waiting)  # reading figures waits for the device: those of step n - 1 are read while n runs
             waiting = (step, metrics)
             last = step == config.steps
@@ -154,10 +173,11 @@ class _Run:
             self._log(step, metrics, (time.perf_counter() - self.clock) / (step - self.timed_from))
             self._start_clock(step)
 
-    def _compiled(self):
-        self.progress.say("compiling the train step; nothing is printed meanwhile")
+    def _compiled(self, what: str, function, first):
+        """Compiles a function of (first, batch) and says how long it took: silence reads as a hang."""
+        self.progress.say(f"compiling {what}; nothing is printed meanwhile")
         begin = time.perf_counter()
-        compiled = self.program.train_step.lower(self.program.state, self.program.batch).compile()
+        compiled = function.lower(first, self.program.batch).compile()
         self.progress.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         return compiled
 
@@ -185,9 +205,10 @@ class _Run:
             )
 
     def _evaluate(self, step: int, params) -> dict[str, float] | None:
+        self.progress.say(f"step {step}: evaluating")
         total, weight, sums = 0.0, 0.0, {}
         for batch in self.validation():
-            loss = jax.device_get(self.program.eval_step(params, sharding.put(batch, self.batch_shardings)))
+            loss = jax.device_get(self.eval_step(params, sharding.put(batch, self.program.batch)))
             total, weight = total + float(loss.total), weight + float(loss.weight)
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.metrics.items()}
         if not weight:

@@ -7,23 +7,34 @@ import pathlib
 import sys
 
 from qwen_jax.errors import InputError
+from qwen_jax.training import hosts
+from qwen_jax.training.workdir import write_whole
 
 
 class MetricsWriter:
-    """Appends {"step": n, name: value, ...} lines to metrics.jsonl and the same scalars to TensorBoard."""
+    """Appends {"step": n, name: value, ...} lines to metrics.jsonl and the same scalars to TensorBoard.
+
+    Of several processes the first writes; the others' calls do nothing.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, start: int):
         """Opens the files of a run that stands at step `start`; lines of later steps are of a run that was lost."""
+        self._file = self._board = None
+        if not hosts.is_first():
+            return
         import tensorboardX
 
-        self.path = workdir / "metrics.jsonl"
-        kept = [json.dumps(row) for row in read(workdir) if row["step"] <= start] if self.path.exists() else []
-        self._file = self.path.open("w", buffering=1)
-        self._file.writelines(f"{line}\n" for line in kept)
-        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+        path = workdir / "metrics.jsonl"
+        # A run without a checkpoint begins anew, and so evaluates step 0 again.
+        kept = [json.dumps(row) for row in read(workdir) if 0 < start >= row["step"]]
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1 if start else 0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the scalars of one step; those that are not finite have no JSON and are left out."""
+        if self._file is None:
+            return
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in finite.items():
@@ -31,8 +42,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def read(workdir: pathlib.Path | str) -> list[dict]:
@@ -54,14 +66,14 @@ def read(workdir: pathlib.Path | str) -> list[dict]:
 
 
 class Progress:
-    """A bar with the time left on a terminal, plain lines elsewhere."""
+    """A bar with the time left on a terminal, plain lines elsewhere; of several processes the first shows it."""
 
     def __init__(self, label: str, *, start: int, total: int):
         import tqdm
 
         self._label, self._total = label, total
         # A terminal that says it has no lines (some containers' do) gets plain lines: a bar would draw nothing there.
-        self._live = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+        self._live = hosts.is_first() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
         self._bar = tqdm.tqdm(
             desc=label, initial=start, total=total, disable=not self._live, dynamic_ncols=True, unit="step"
         )
@@ -83,7 +95,7 @@ class Progress:
         line = f"[{self._label}] {text}"
         if self._live:
             self._bar.write(line, file=sys.stdout)
-        else:
+        elif hosts.is_first():
             print(line, flush=True)
 
     def close(self) -> None:

@@ -3,12 +3,15 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 
+from qwen_jax import tokenizer
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
-from qwen_jax.training import checkpoint, workdir
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.training import checkpoint, hosts, workdir
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -20,7 +23,7 @@ def is_run(path: str | os.PathLike) -> bool:
     file = pathlib.Path(path) / "config.json"
     try:
         record = json.loads(file.read_text())
-    except FileNotFoundError:
+    except OSError:  # there is none, or path is a file
         raise InputError(f"{file} is missing; expected a Hugging Face folder or the workdir of a run") from None
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
@@ -64,6 +67,31 @@ def load_params(path: str | os.PathLike, abstract) -> dict:
 def tokenizer_path(path: str | os.PathLike) -> pathlib.Path:
     """Returns where the tokenizer of this model is: the folder itself, or the run's tokenizer/."""
     return pathlib.Path(path) / "tokenizer" if is_run(path) else pathlib.Path(path)
+
+
+def keep_tokenizer(folder: pathlib.Path, make: Callable[[], Tokenizer], *, at_most: int) -> Tokenizer:
+    """Returns the tokenizer kept in this folder; where there is none yet, keeps the one that `make` returns.
+
+    It is saved whole or not at all, by the first process, so that a run stopped meanwhile makes it again.
+
+    Raises:
+      InputError: where it has more than `at_most` tokens, the model's vocab_size.
+    """
+
+    def save():
+        if folder.exists():
+            return
+        made = make()
+        if made.vocab_size > at_most:
+            raise InputError(
+                f"the tokenizer has {made.vocab_size} tokens, model.vocab_size is {at_most}; expected at least as many"
+            )
+        scratch = folder.with_name(f"{folder.name}.partial")
+        made.save(scratch)
+        scratch.rename(folder)
+
+    hosts.once(save)
+    return tokenizer.load(folder)
 
 
 def _checked(array, struct):

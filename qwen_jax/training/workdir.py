@@ -16,14 +16,21 @@ from importlib import metadata
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
+from qwen_jax.training import hosts
 
-# Where a run lives may change between two starts of it; what it computes may not.
-FREE_TO_CHANGE = ("mesh",)
+# Where a run lives, how it is computed and how often it reports may change between two starts; what it computes, not.
+FREE_TO_CHANGE = {
+    "mesh",
+    *("remat", "attention", "scan_layers"),
+    *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped"),
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "tiktoken")
 
 
 def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str) -> pathlib.Path:
-    """Makes the folder, or checks that it is this run's own, and writes config.json.
+    """Makes the folder, or checks that it is this run's own, and writes config.json, on the first process.
+
+    A folder that holds nothing but a config.json is of a run that stopped before it did anything: it is taken over.
 
     Args:
       workdir: the folder.
@@ -31,28 +38,36 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
       experiment, recipe: what was asked for, for the record.
 
     Raises:
-      InputError: where the folder holds a run with another config; the message names the first field that differs.
+      InputError: where the folder holds a run with another config (the message names the first field that differs) or
+        something else, or cannot be written.
     """
     workdir = pathlib.Path(workdir)
+
+    def write():
+        try:
+            _prepare(workdir, config, experiment, recipe)
+        except OSError as error:
+            raise InputError(f"{workdir} cannot be a run's folder: {error.strerror}; use another --workdir") from None
+
+    hosts.once(write)
+    return workdir
+
+
+def _prepare(workdir: pathlib.Path, config, experiment: str, recipe: str) -> None:
     path = workdir / "config.json"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"experiment": experiment, "recipe": recipe, "config": to_json(config), "started": now, "argv": sys.argv}
-    if path.exists():
+    held = sorted(entry.name for entry in workdir.iterdir()) if workdir.exists() else []
+    if path.name in held:
         found = read(workdir)
-        for name in ("experiment", "recipe"):
-            if found[name] != record[name]:
-                raise InputError(f"{path} is of {name} {found[name]!r}, not {record[name]!r}; use another --workdir")
-        difference = _first_difference(found["config"], record["config"])
-        if difference:
-            name, old, new = difference
-            raise InputError(f"{path} holds {name} = {old!r}, this run wants {new!r}; use another --workdir")
-        record["started"] = found["started"]
-    elif workdir.exists() and any(workdir.iterdir()):
+        if held != [path.name]:
+            _check_same(path, found, record)
+            record["started"] = found["started"]
+    elif held:
         raise InputError(f"{workdir} is not empty and holds no config.json: not a run's folder; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     record |= {"versions": versions(), "git": git_revision()}
     write_whole(path, json.dumps(record, indent=2))
-    return workdir
 
 
 def read(workdir: str | os.PathLike) -> dict:
@@ -111,10 +126,20 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     os.replace(scratch, path)
 
 
+def _check_same(path: pathlib.Path, found: dict, record: dict) -> None:
+    for name in ("experiment", "recipe"):
+        if found[name] != record[name]:
+            raise InputError(f"{path} is of {name} {found[name]!r}, not {record[name]!r}; use another --workdir")
+    difference = _first_difference(found["config"], record["config"])
+    if difference:
+        name, old, new = difference
+        raise InputError(f"{path} holds {name} = {old!r}, this run wants {new!r}; use another --workdir")
+
+
 def _first_difference(old: dict, new: dict, prefix: str = ""):
     """Returns (name, old value, new value) of the first field that differs, or None."""
     for key in sorted(old.keys() | new.keys()):
-        if prefix == "" and key in FREE_TO_CHANGE:
+        if key in FREE_TO_CHANGE:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -10,7 +10,7 @@ from experiments import pretrain, quickstart, sft
 from qwen_jax import config, hf, models, sharding, tokenizer
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import checkpoint, metrics
+from qwen_jax.training import checkpoint, metrics, pretrained
 from tests.conftest import MESHES
 
 TRAINING = {"pretrain": pretrain, "sft": sft}
@@ -82,9 +82,48 @@ def test_fine_tuning_needs_a_base_that_is_one(tmp_path):
     ):
         sft.run(dataclasses.replace(smoke, base="nowhere"), tmp_path / "run", "smoke")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file/config.json is missing"):
+        sft.run(dataclasses.replace(smoke, base=str(tmp_path / "file")), tmp_path / "run", "smoke")
 
 
-def test_fine_tuning_starts_from_a_published_folder(tmp_path):
+def test_a_mistake_found_late_does_not_keep_the_folder(tmp_path):
+    smoke = pretrain.smoke()
+    with pytest.raises(InputError, match="seed is -1; expected 0 or more"):
+        pretrain.run(dataclasses.replace(smoke, seed=-1), tmp_path / "run", "smoke")
+    with pytest.raises(InputError, match="'chitchatt'; expected one of chitchat, made-up"):
+        pretrain.run(dataclasses.replace(smoke, dataset="chitchatt"), tmp_path / "other", "smoke")
+    one = dataclasses.replace(smoke, loop=dataclasses.replace(smoke.loop, steps=1))
+    pretrain.run(one, tmp_path / "other", "smoke")
+    assert metrics.read(tmp_path / "other")[-1]["step"] == 1
+
+
+def test_a_tokenizer_is_kept_whole_or_not_at_all(tmp_path):
+    folder, made = tmp_path / "tokenizer", []
+
+    class Stopped(tokenizer.ByteBPE):
+        def save(self, target, **options):
+            super().save(target, **options)
+            raise KeyboardInterrupt
+
+    def make():
+        made.append(1)
+        return tokenizer.train((f"{n} and {m}" for n in range(60) for m in range(9)), 262)
+
+    stopped = make()
+    stopped.__class__ = Stopped
+    with pytest.raises(KeyboardInterrupt):
+        pretrained.keep_tokenizer(folder, lambda: stopped, at_most=262)
+    assert not folder.exists()
+    with pytest.raises(InputError, match="has 262 tokens, model.vocab_size is 261; expected at least as many"):
+        pretrained.keep_tokenizer(folder, make, at_most=261)
+    assert not folder.exists()
+    for _ in range(2):
+        assert pretrained.keep_tokenizer(folder, make, at_most=262).vocab_size == 262
+    assert len(made) == 3  # what is kept is not made again
+
+
+def test_fine_tuning_starts_from_a_published_folder(tmp_path, capsys):
     """The road of a real run: a Hugging Face folder decides the shape, the recipe how it is computed."""
     model = config.get("qwen3-0.6b").replace(**SMALL)
     params = models.init(model, jax.random.key(1))
@@ -98,9 +137,8 @@ def test_fine_tuning_starts_from_a_published_folder(tmp_path):
     found, tuned = checkpoint.load_params(tmp_path / "run")
     assert found == model.replace(dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, tuned, params)  # a learning rate of 0 shows what training began with
-
-
-def test_an_unknown_dataset_is_told_the_known_ones(tmp_path):
-    smoke = dataclasses.replace(pretrain.smoke(), dataset="chitchatt")
-    with pytest.raises(InputError, match="'chitchatt'; expected one of chitchat, made-up"):
-        pretrain.run(smoke, tmp_path / "run", "smoke")
+    # A run that has begun no longer needs its base.
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    sft.run(run, tmp_path / "run", "smoke")
+    assert "already at step 1 of 1" in capsys.readouterr().out

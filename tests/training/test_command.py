@@ -40,6 +40,7 @@ def test_flags_change_the_recipe():
         (["smal", "--workdir", "w"], "no recipe is called 'smal'; nearest: small"),
         (["small", "--workdir", "w", "--optimizer.peek-lr", "1"], "unknown flag '--optimizer.peek-lr'; nearest: --opt"),
         (["small"], "--workdir is missing"),
+        (["small", "--workdir"], "--workdir has no value"),
         (["small", "--workdir", "w", "--length", "abc"], "Error parsing --length: invalid literal for int()"),
     ],
 )  # fmt: skip
@@ -67,3 +68,13 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         command.main("An experiment.", RECIPES, run, ["small", "--workdir", "w"])
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    def run(config, folder, recipe):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        command.main("An experiment.", RECIPES, run, ["small", "--workdir", "w"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from the last checkpoint\n"

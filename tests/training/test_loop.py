@@ -10,9 +10,10 @@ from qwen_jax import sharding
 from qwen_jax.config import get
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import loop, metrics, throughput
+from qwen_jax.training import loop, metrics, report, throughput, workdir
 from qwen_jax.training.checkpoint import Checkpoints
 from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training.optimizer import OptimizerConfig
 from tests.training import lm
 
 
@@ -60,7 +61,8 @@ def test_it_writes_figures_and_tells_of_compilation(tmp_path, capsys):
     assert logged <= rows[1].keys()
     assert rows[1]["tokens_per_second"] == pytest.approx(8 * 16 / rows[1]["step_seconds"])
     out = capsys.readouterr().out
-    assert "compiling the train step" in out and "compiled in" in out and "step 2/4" in out
+    assert "compiling the train step" in out and "compiling the evaluation" in out and out.count("compiled in") == 2
+    assert "making the parameters of step 0" in out and "step 0: evaluating" in out and "step 2/4" in out
     assert list(tmp_path.glob("events.out.tfevents.*"))
     # Validation is the mean over all targets of all batches, not a mean of the batches' means.
     sums = [
@@ -79,7 +81,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_and_spare_the_checkpoint
     fit(built, tmp_path, steps=2)
     poisoned = one_device(loss_fn=not_finite)
     with pytest.raises(InputError, match="the last 3 steps to step 5 had a loss or gradient that is not finite"):
-        fit(poisoned, tmp_path, steps=9, checkpoint_every=9, max_skipped=3)
+        fit(poisoned, tmp_path, steps=9, checkpoint_every=10, max_skipped=3)
     checkpoints = Checkpoints(tmp_path)
     restored, data, _ = checkpoints.restore(built.state)
     checkpoints.close()
@@ -98,6 +100,23 @@ def test_lines_of_a_lost_run_and_a_line_cut_short_are_dropped(tmp_path):
         metrics.read(tmp_path)
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_its_figures_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "validation/loss": 3}\n{"step": 1, "loss": 2}\n')
+    metrics.MetricsWriter(tmp_path, start=0).close()
+    assert file.read_text() == ""
+
+
+def test_a_run_without_a_finite_figure_still_gets_its_report(tmp_path):
+    workdir.prepare(tmp_path, OptimizerConfig(), experiment="sft", recipe="a")
+    writer = metrics.MetricsWriter(tmp_path, start=0)
+    writer.write(1, {"loss": float("nan"), "step_seconds": 0.5, "tokens_per_second": 2, "model_flops_utilisation": 0.1})
+    writer.close()
+    report.write(tmp_path, title="sft a")
+    text = (tmp_path / "report.md").read_text()
+    assert "Last training loss: none was finite." in text and "Median step: 0.500 s" in text
+
+
 def test_flops_of_a_token_are_six_per_matmul_parameter_and_causal_attention():
     """Qwen2.5-7B at length 4096, the figure of a published comparison: 184 TFLOP for one row."""
     assert throughput.train_flops_per_token(get("qwen2.5-7b"), 4096) * 4096 == pytest.approx(184e12, rel=0.01)
@@ -107,3 +126,11 @@ def test_flops_of_a_token_are_six_per_matmul_parameter_and_causal_attention():
 def test_a_loop_that_cannot_be_is_refused(name):
     with pytest.raises(InputError, match=f"loop.{name} is 0; expected at least 1"):
         LoopConfig(**{name: 0})
+
+
+def test_checkpoints_that_no_evaluation_ranks_are_refused():
+    with pytest.raises(InputError, match="loop.checkpoint_every is 3; expected a multiple of loop.eval_every 2"):
+        LoopConfig(eval_every=2, checkpoint_every=3)
+    with pytest.raises(InputError, match="loop.eval_every is -1; expected 0"):
+        LoopConfig(eval_every=-1)
+    assert LoopConfig(eval_every=0, checkpoint_every=3).checkpoint_every == 3
