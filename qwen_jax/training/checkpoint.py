@@ -1,5 +1,6 @@
 """Checkpoints by orbax: saved in the background, the newest few and the best one kept, restored on any mesh."""
 
+import contextlib
 import os
 import pathlib
 import time
@@ -54,9 +55,15 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, data_state: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts a save and returns as soon as the state may be donated; `data_state` is JSON."""
+        """Starts a save and returns as soon as the state may be donated; `data_state` is JSON.
+
+        Raises:
+          InputError: where this save, or the one before it, could not be written.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state))
-        if not self._manager.save(int(state.step), args=items, metrics=metrics):
+        with self._writing():
+            saved = self._manager.save(int(state.step), args=items, metrics=metrics)
+        if not saved:
             raise RuntimeError(f"orbax did not save step {int(state.step)} in {self.folder}, which has {self.steps()}")
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict, list[str]] | None:
@@ -78,8 +85,7 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=items)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                complaints.append(f"checkpoint {self.folder / str(step)} cannot be read: {lines[0][:200]}")
+                complaints.append(f"checkpoint {self.folder / str(step)} cannot be read: {_first_line(error)}")
                 continue
             self._set_aside([newer for newer in self.steps() if newer > step])
             return restored["state"], restored["data"], complaints
@@ -95,9 +101,30 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits for the save under way and lets go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save under way and lets go of the folder.
+
+        Raises:
+          InputError: where that save could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turns a full disk, a lost folder and their like into one line."""
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            kept = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+            raise InputError(
+                f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; whole: {kept or 'none'}"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 240 else f"{line[:120]} ... {line[-120:]}"  # what went wrong stands at the end
 
 
 def load_params(
@@ -141,4 +168,4 @@ def load_params(
             )
             return config, reader.restore(path, args=args)["params"]
         except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"checkpoint {path.parent} cannot be read: {str(error).splitlines()[0][:200]}") from None
+            raise InputError(f"checkpoint {path.parent} cannot be read: {_first_line(error)}") from None

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 
 from qwen_jax.errors import InputError
+from qwen_jax.training.preemption import EXIT_CODE, Preempted
 
 
 def main(doc: str, recipes: dict[str, Callable], run: Callable, argv: list[str] | None = None) -> None:
     """Runs `python -m experiments.NAME RECIPE --workdir DIR [--field value ...]` and exits.
 
-    Exit status: 0 done; 2 bad input, told in one line; 130 stopped by Ctrl-C; anything else is a bug, with a
-    traceback.
+    Exit status: 0 done; 2 bad input, told in one line; 75 told to stop by SIGTERM and saved: start it again; 130
+    stopped by Ctrl-C; anything else is a bug, with a traceback.
 
     Args:
       doc: the experiment's docstring, for --help.
@@ -24,13 +25,16 @@ def main(doc: str, recipes: dict[str, Callable], run: Callable, argv: list[str] 
       argv: the words after the module; sys.argv[1:] if None.
     """
     argv = sys.argv[1:] if argv is None else argv
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of each of its steps
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of each of its steps, and of what it raises
     try:
         recipe, workdir, config = parse(doc, recipes, argv)
         run(config, workdir, recipe)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as told:
+        print(f"{told}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -10,9 +10,10 @@ import numpy as np
 
 from qwen_jax import sharding
 from qwen_jax.errors import InputError
-from qwen_jax.training import hosts
+from qwen_jax.training import hosts, preemption
 from qwen_jax.training.checkpoint import Checkpoints
 from qwen_jax.training.metrics import MetricsWriter, Progress
+from qwen_jax.training.preemption import Preempted
 from qwen_jax.training.program import Program
 from qwen_jax.training.state import TrainState
 from qwen_jax.training.throughput import peak_flops
@@ -80,7 +81,8 @@ def fit(
       The state after the last step, also saved.
 
     Raises:
-      InputError: where no checkpoint can be read, or config.max_skipped steps in a row were not finite.
+      InputError: where no checkpoint can be read or written, or config.max_skipped steps in a row were not finite.
+      Preempted: after SIGTERM, when the step under way is saved.
     """
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     try:
@@ -93,7 +95,8 @@ def fit(
         progress = Progress(label, start=start, total=config.steps)
         run = _Run(program, config, writer, progress, checkpoints, validation, flops_per_token)
         try:
-            return run.train(state, batches, start)
+            with preemption.watch() as told_to_stop:
+                return run.train(state, batches, start, told_to_stop)
         finally:
             progress.close()
             writer.close()
@@ -129,7 +132,7 @@ class _Run:
         rows, length = jax.tree.leaves(program.batch)[0].shape[:2]
         self.tokens_per_step = rows * length
 
-    def train(self, state: TrainState, batches: Batches, start: int) -> TrainState:
+    def train(self, state: TrainState, batches: Batches, start: int, told_to_stop: Callable[[int], bool]) -> TrainState:
         config, progress = self.config, self.progress
         if start >= config.steps:
             progress.say(f"already at step {start} of {config.steps}: nothing to train")
@@ -150,13 +153,16 @@ class _Run:
             last = step == config.steps
             evaluate = self.validation and (last or (config.eval_every and step % config.eval_every == 0))
             save = last or step % config.checkpoint_every == 0
-            if evaluate or save:
+            stop = not last and told_to_stop(step)  # then there may not be the time to evaluate
+            if evaluate or save or stop:
                 self._settle(waiting)
-                scores = self._evaluate(step, state.params) if evaluate else None
-                if save:
+                scores = self._evaluate(step, state.params) if evaluate and not stop else None
+                if save or stop:
                     self.checkpoints.save(state, batches.get_state(), scores)
                 waiting = None
                 self._start_clock(step)
+            if stop:
+                raise Preempted(f"told to stop: step {step} of {config.steps} is saved in {self.checkpoints.folder}")
         return state
 
     def _start_clock(self, step: int) -> None:

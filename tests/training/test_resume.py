@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from qwen_jax.training import checkpoint, metrics
 
@@ -17,11 +19,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 
 
-def start(folder):
-    command = [sys.executable, "-m", "tests.training.interrupted_run", str(folder), str(STEPS)]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+def start(folder, **options):
+    flags = f"--loop.steps {STEPS} --loop.log-every 1 --loop.eval-every 4 --loop.checkpoint-every 4 --microbatches 2"
+    command = [sys.executable, "-m", "experiments.pretrain", "smoke", "--workdir", str(folder), *flags.split()]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # one device
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
 
 
@@ -32,21 +35,28 @@ def finish(folder) -> str:
     return output
 
 
-def kill_after_a_checkpoint(folder):
-    """kill -9 as soon as a checkpoint is whole, which is some steps after it was begun."""
+def stop_after_a_checkpoint(folder, how) -> int:
+    """Sends the signal as soon as a checkpoint is whole, which is some steps after it was begun; returns the status."""
     process = start(folder)
     while not [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    return process.returncode
 
 
-def test_a_killed_run_ends_where_one_left_alone_ends(tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    finish(alone)
-    kill_after_a_checkpoint(killed)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    finish(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_stopped_run_ends_where_one_left_alone_ends(alone, tmp_path, how, status):
+    killed = tmp_path / "killed"
+    assert stop_after_a_checkpoint(killed, how) == status
     resumed = re.search(rf"resuming at step (\d+) from {killed / 'checkpoints'}", finish(killed))
     assert 4 <= int(resumed[1]) < STEPS
 
@@ -58,6 +68,23 @@ def test_a_killed_run_ends_where_one_left_alone_ends(tmp_path):
     assert losses(killed) == losses(alone)
     assert [step for step, _ in losses(killed)] == list(range(1, STEPS + 1))
 
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_no_checkpoint(tmp_path):
+    stop_after_a_checkpoint(tmp_path / "run", signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow over 20 kB
+    process = start(tmp_path / "run", preexec_fn=limit)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: a checkpoint could not be written to ") and "File too large" in last
+    assert (
+        kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").glob("*")}.items()
+    )
+    checkpoint.load_params(tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(alone):
     before = {path: path.stat().st_mtime_ns for path in (alone / "checkpoints").rglob("*")}
     assert f"already at step {STEPS} of {STEPS}" in finish(alone)
     assert {path: path.stat().st_mtime_ns for path in (alone / "checkpoints").rglob("*")} == before
