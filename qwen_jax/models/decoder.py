@@ -16,6 +16,7 @@ from qwen_jax.models.layers import Linear, RMSNorm, declare
 from qwen_jax.ops import rope
 from qwen_jax.sharding import Layout, constrain
 
+ONE_DEVICE = Layout()
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products, recompute the rest
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
     """
 
     config: QwenConfig
-    layout: Layout = Layout()
+    layout: Layout = ONE_DEVICE
     fused: bool = False
 
     @nn.compact
@@ -210,9 +211,17 @@ class Decoder(nn.Module):
         return h_BTD, None if cache is None else tuple(zip(*caches, strict=True))
 
 
-def head(config: QwenConfig, params) -> jax.Array:
-    """Returns the head of the vocabulary, [V, D]: the embedding itself where the two are tied."""
-    return params["embedding"] if config.tie_word_embeddings else params["head"]
+def head(config: QwenConfig, params, layout: Layout = ONE_DEVICE) -> jax.Array:
+    """Returns the head of the vocabulary, [V, D]: the embedding itself where the two are tied.
+
+    The embedding is stored whole along its rows (see `Rules.vocab_in`); as a head its rows are split like those of a
+    head of its own, where the mesh divides them: otherwise every device would compute every logit.
+    """
+    if not config.tie_word_embeddings:
+        return params["head"]
+    if config.vocab_size % layout.size("vocab"):
+        return params["embedding"]
+    return constrain(params["embedding"], ("vocab", "embed"), layout)
 
 
 def _write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:

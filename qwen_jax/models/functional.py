@@ -14,12 +14,11 @@ import jax.numpy as jnp
 
 from qwen_jax import sharding
 from qwen_jax.config import QwenConfig
-from qwen_jax.models.decoder import Decoder, head
+from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head
 from qwen_jax.ops import segments
 from qwen_jax.ops.cross_entropy import token_log_probs
 from qwen_jax.sharding import Layout
 
-ONE_DEVICE = Layout()
 _compiled = functools.partial(jax.jit, static_argnames=("config", "layout"))
 
 
@@ -99,7 +98,7 @@ def forward(
     hidden_BTD = hidden_states(
         config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
     )
-    head_VD = head(config, params).astype(hidden_BTD.dtype)
+    head_VD = head(config, params, layout).astype(hidden_BTD.dtype)
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
@@ -124,7 +123,8 @@ def log_probs(
     hidden_BTD = hidden_states(
         config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
     )
-    return token_log_probs(hidden_BTD, head(config, params), targets, chunks=chunks, parts=layout.size("vocab"))
+    head_VD = head(config, params, layout)
+    return token_log_probs(hidden_BTD, head_VD, targets, chunks=chunks, parts=layout.size("vocab"))
 
 
 @_compiled

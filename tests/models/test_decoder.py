@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import models
-from qwen_jax.sharding import Layout
+from qwen_jax import models, sharding
+from qwen_jax.sharding import Layout, MeshConfig
 from tests.conftest import tiny
 from tests.models import oracle
 
@@ -112,6 +112,39 @@ def test_any_mesh_computes_what_one_device_computes(family, mesh):
     ))  # fmt: skip
     expected, found = grad(Layout())(params), grad(Layout(mesh))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def tensor_axis(size):
+    return Layout(sharding.make_mesh(MeshConfig(tensor=size), jax.devices()[:size]))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("what", ["log_probs and gradients", "forward"])
+def test_each_tensor_device_does_its_share_of_the_head(what, tied):
+    """The compiler's count of one device's work. The vocabulary is so large that the head is nearly all of it."""
+    config = tiny(vocab_size=8192, num_hidden_layers=1, num_key_value_heads=4, tie_word_embeddings=tied)
+
+    def flops(layout):
+        params, ids = models.abstract(config), jax.ShapeDtypeStruct((4, 16), jnp.int32)
+        if layout.mesh is not None:
+            where = sharding.tree_shardings(models.axes(config), params, layout)
+            params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
+        if what == "forward":
+            lowered = models.forward.lower(config, params, ids, layout=layout)
+        else:
+            loss = lambda params, ids: models.log_probs(config, params, ids, ids, layout=layout).sum()
+            lowered = jax.jit(jax.value_and_grad(loss)).lower(params, ids)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(Layout()) / flops(tensor_axis(4)) > 3.5  # 4, less what every device does: norms, one-hot targets
+
+
+def test_a_tied_head_that_the_mesh_does_not_divide_is_computed_whole():
+    config = tiny(vocab_size=250, num_key_value_heads=4)
+    params, ids = perturbed(config), tokens(config, (2, 8))
+    for function in (models.forward, models.sequence_log_probs):
+        expected, found = function(config, params, ids), function(config, params, ids, layout=tensor_axis(4))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_parameters_do_not_depend_on_the_mesh_and_are_split_by_it(family, mesh):
