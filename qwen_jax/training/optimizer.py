@@ -14,8 +14,9 @@ from qwen_jax.errors import InputError
 class OptimizerConfig:
     """AdamW (arXiv:1711.05101) and its learning rate.
 
-    schedule: "constant" stays at the peak after warm-up; "cosine" falls to final_ratio * peak at the last step; "wsd"
-    (warm-up, stable, decay) stays at the peak and falls linearly to final_ratio * peak over the last decay_steps.
+    schedule: "constant" stays at the peak after warm-up; "cosine" falls from the end of warm-up on; "wsd" (warm-up,
+    stable, decay) stays at the peak and falls linearly over the last decay_steps. Both reach the floor, final_ratio *
+    peak, exactly at the last step, as warm-up reaches the peak at its last (a floor of 0 makes that step move nothing).
     """
 
     peak_lr: float = 3e-4
@@ -58,22 +59,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup, decay, peak = config.warmup_steps, config.decay_steps, config.peak_lr
     if warmup > steps:
         raise InputError(f"optimizer.warmup_steps is {warmup}, more than the {steps} steps of the run")
-    rest = steps - warmup
+    rest, top = steps - warmup, max(warmup - 1, 0)  # top: the first step at the peak
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=config.final_ratio)
+        after = optax.cosine_decay_schedule(peak, max(steps - 1 - top, 1), alpha=config.final_ratio)
     elif config.schedule == "wsd":
         if not 0 < decay <= rest:
             raise InputError(
                 f"optimizer.decay_steps is {decay}; expected 1 to {rest}, what warm-up leaves of {steps} steps"
             )
+        # Counted from the last step before the fall, which may be the one before the run.
         fall = optax.linear_schedule(peak, config.final_ratio * peak, decay)
-        after = optax.join_schedules([optax.constant_schedule(peak), fall], [rest - decay])
+        after = optax.join_schedules([optax.constant_schedule(peak), fall], [steps - 1 - decay - top])
     else:
         raise InputError(f"optimizer.schedule is {config.schedule!r}; expected constant, cosine or wsd")
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return optax.join_schedules([rise, after], [top])
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

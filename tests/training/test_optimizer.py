@@ -24,16 +24,33 @@ def test_no_warm_up_starts_at_the_peak():
     np.testing.assert_allclose(rates(3), [1, 1, 1])
 
 
-def test_cosine_ends_at_its_floor():
+def test_cosine_falls_from_the_last_step_of_warm_up_to_the_floor_at_the_last_step():
     found = rates(104, warmup_steps=4, schedule="cosine", final_ratio=0.1)
-    progress = np.arange(100) / 100
-    np.testing.assert_allclose(found[4:], 0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2, atol=1e-6)
+    progress = np.arange(101) / 100
+    np.testing.assert_allclose(found[3:], 0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2, atol=1e-6)
+    np.testing.assert_allclose(found[:4], [0.25, 0.5, 0.75, 1])
+
+
+def test_cosine_without_warm_up_starts_at_the_peak():
+    np.testing.assert_allclose(
+        rates(5, schedule="cosine"), [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0], atol=1e-6
+    )
 
 
 def test_warm_up_stable_decay():
     found = rates(12, warmup_steps=2, decay_steps=4, schedule="wsd", final_ratio=0.2)
-    np.testing.assert_allclose(found[:8], [0.5] + [1] * 7)
-    np.testing.assert_allclose(found[8:], [1, 0.8, 0.6, 0.4], atol=1e-6)
+    np.testing.assert_allclose(found, [0.5] + [1] * 7 + [0.8, 0.6, 0.4, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 9])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_floor_is_the_rate_of_the_last_step(schedule, warmup):
+    """Also where the fall takes all that warm-up leaves; afterwards nothing falls further."""
+    decay = dict(decay_steps=10 - warmup) if schedule == "wsd" else {}
+    found = rates(10, warmup_steps=warmup, schedule=schedule, final_ratio=0.1, **decay)
+    np.testing.assert_allclose(found[-1], 0.1, atol=1e-7)
+    np.testing.assert_allclose(found[:warmup], np.arange(1, warmup + 1) / max(warmup, 1), atol=1e-6)
+    assert (np.diff(found[max(warmup - 1, 0) :]) < 0).all()
 
 
 @pytest.mark.parametrize(
