@@ -127,7 +127,7 @@ class Layout:
                 axes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in getattr(self.rules, name))
                 raise InputError(
                     f"{what}: axis {name!r} of size {size} cannot be split over mesh axes {axes}; "
-                    f"expected a multiple of {self.size(name)} (or another rule for {name!r})"
+                    f"expected a multiple of {self.size(name)}"
                 )
         return NamedSharding(self.mesh, spec)
 
@@ -142,12 +142,19 @@ def constrain(x: jax.Array, names: tuple[str | None, ...], layout: Layout) -> ja
 
     Raises:
       InputError: on an unknown name, the wrong number of names, or an axis the mesh does not divide.
+      RuntimeError: inside `shard_map`, where `x` is already one device's part: split again it would mean another array.
     """
     if len(names) != x.ndim:
         raise InputError(f"array of shape {x.shape} was given {len(names)} logical axes {names}; expected {x.ndim}")
     if layout.mesh is None:
         layout.rules.spec(names)
         return x
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual:
+        raise RuntimeError(
+            f"constrain(…, {names}) inside a shard_map over {', '.join(manual)}: the array of shape {x.shape} is one "
+            "device's part already; constrain before or after the shard_map, or pass Layout() inside it"
+        )
     return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
 
 

@@ -73,8 +73,25 @@ def test_constrain_refuses_unknown_names_with_and_without_a_mesh(layout):
 
 def test_constrain_refuses_an_axis_that_the_mesh_does_not_divide():
     layout = Layout(sharding.make_mesh(MeshConfig(tensor=4)))
-    with pytest.raises(InputError, match="axis 'heads' of size 6.*tensor=4.*multiple of 4"):
+    with pytest.raises(InputError, match="axis 'heads' of size 6.*tensor=4.*multiple of 4$"):
         sharding.constrain(jnp.zeros((8, 6)), ("batch", "heads"), layout)
+
+
+@pytest.mark.parametrize("manual", [{"fsdp"}, set(sharding.AXES)], ids=["over one axis", "over all axes"])
+def test_constrain_inside_a_shard_map_is_an_error_and_beside_it_is_not(manual):
+    """jax itself takes some of these in silence (check_vma=False) and refuses others in words about its internals."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4))
+    rows, x = PartitionSpec("fsdp"), jnp.arange(16.0).reshape(16, 1)
+    within = lambda layout: jax.shard_map(
+        lambda part: sharding.constrain(2 * part, ("batch", None), layout),
+        mesh=mesh, in_specs=rows, out_specs=rows, axis_names=manual,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"\('batch', None\)\) inside a shard_map over .*fsdp.*shape \(8, 1\)"):
+        jax.jit(within(Layout(mesh)))(x)
+    before_and_after = lambda x: sharding.constrain(
+        within(Layout())(sharding.constrain(x, ("batch", None), Layout(mesh))), ("batch", None), Layout(mesh)
+    )
+    np.testing.assert_array_equal(jax.jit(before_and_after)(x), 2 * x)
 
 
 def test_constraints_reach_the_compiler():
