@@ -34,19 +34,24 @@ def train_flops_per_token(config: QwenConfig, length: int) -> float:
 def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float, str]:
     """Returns the peak FLOP/s of all devices of the mesh, and where the figure comes from.
 
-    A device without a published figure (a CPU) is measured: the best of a few float32 matrix products.
+    Devices without a published figure are measured: the best of a few matrix products. Those of a CPU are virtual and
+    share one machine, which is measured once, in float32; of others one is measured, in bfloat16, for all of them.
     """
     devices = mesh.devices.flatten()
+    first = devices[0]
     for kind, peak in PEAK_FLOPS.items():
-        if kind in devices[0].device_kind:
+        if kind in first.device_kind:
             return peak * len(devices), f"{len(devices)} x {kind}, published bfloat16 peak"
-    # Virtual devices share one machine, so it is measured once, whatever their number.
-    return _measured(), "measured here: a float32 matrix product on all cores"
+    if first.platform == "cpu":
+        return _measured(jnp.float32, 1536), "measured here: a float32 matrix product on all cores"
+    source = f"{len(devices)} x {first.device_kind}, measured here: a bfloat16 matrix product on one"
+    return _measured(jnp.bfloat16, 8192) * len(devices), source
 
 
-def _measured(size: int = 1536, runs: int = 4) -> float:
+def _measured(dtype, size: int, runs: int = 4) -> float:
+    """Returns the FLOP/s of a product of two square matrices on this process's first device."""
     product = jax.jit(jnp.dot)
-    x = jnp.ones((size, size), jnp.float32)
+    x = jnp.ones((size, size), dtype)
     product(x, x).block_until_ready()
     best = float("inf")
     for _ in range(runs):
