@@ -7,6 +7,7 @@ base models (of the 1M models, the instruct ones: no others exist).
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 
 from qwen_jax.errors import InputError
@@ -51,6 +52,11 @@ class QwenConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"QwenConfig.{name} is {value!r}; expected a whole number of at least 1")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                raise InputError(f"QwenConfig.{name} is {value!r}; expected a finite number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"QwenConfig.num_attention_heads is {self.num_attention_heads}, not a multiple of "

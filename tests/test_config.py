@@ -77,3 +77,11 @@ def test_an_unknown_field_is_told_the_nearest():
 def test_an_impossible_value_is_refused_by_name(field, value):
     with pytest.raises(InputError, match=field):
         config.get("qwen2-0.5b").replace(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1e-6, math.nan, math.inf, "1e6", None, True])
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps", "initializer_range"])
+def test_a_scale_that_is_not_above_zero_is_refused_by_name(field, value):
+    with pytest.raises(InputError) as caught:
+        config.get("qwen2-0.5b").replace(**{field: value})
+    assert str(caught.value) == f"QwenConfig.{field} is {value!r}; expected a finite number above 0"
