@@ -18,6 +18,7 @@ import jax
 from experiments import pretrain, sft
 from qwen_jax import rollout, tokenizer
 from qwen_jax.data import baseline
+from qwen_jax.files import write_whole
 from qwen_jax.training import checkpoint, command, metrics, report, workdir
 
 
@@ -96,7 +97,7 @@ def run(config: Config, folder, recipe: str) -> None:
     curves = {name: metrics.read(path) for name, path in stages.items()}
     report.plot_losses(folder / "plots" / "loss.png", curves, baselines)
     text = summary(config, curves, baselines, before, after, time.perf_counter() - begin)
-    workdir.write_whole(folder / "report.md", text)
+    write_whole(folder / "report.md", text)
     print(text)
     print(f"[quickstart] done: {folder / 'report.md'}, curves in {folder / 'plots' / 'loss.png'}", flush=True)
 

@@ -22,6 +22,7 @@ from experiments import pretrain
 from qwen_jax import tokenizer
 from qwen_jax.batches import LMBatch
 from qwen_jax.data import conversations, sources
+from qwen_jax.files import write_whole
 from qwen_jax.training import command, metrics, pretrained, workdir
 
 # Another tokenizer is a line here: (texts, vocab_size) -> Tokenizer.
@@ -116,7 +117,7 @@ def run(config: Config, folder, recipe: str) -> dict[str, Result]:
     results = {name: train_one(config.pretrain, folder, name, recipe) for name in TRAINERS}
     plot(results, folder / "plots" / "bits_per_byte.png")
     text = summary(config.pretrain, results)
-    workdir.write_whole(folder / "report.md", text)
+    write_whole(folder / "report.md", text)
     print(f"{text}\n[tokenizers] done: {folder / 'report.md'}, curves in {folder / 'plots'}", flush=True)
     return results
 

@@ -11,6 +11,7 @@ import tyro
 
 from qwen_jax import tokenizer
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_whole
 from qwen_jax.tokenizer import controls, report, writing
 
 _BLOCK = 1 << 20
@@ -107,8 +108,8 @@ def compare(
     fits = report.compare(tokenizers, {name: _texts(pathlib.Path(file), field) for name, _, file in named})
     out.mkdir(parents=True, exist_ok=True)
     rows = [{"tokenizer": f.tokenizer, "text": f.text, "bytes": f.bytes, "tokens": f.tokens} for f in fits]
-    writing.write_whole(out / "report.json", writing.as_json({"fits": rows}))
-    writing.write_whole(out / "report.md", report.table(fits) + "\n")
+    write_whole(out / "report.json", writing.as_json({"fits": rows}))
+    write_whole(out / "report.md", report.table(fits) + "\n")
     report.plot(fits, out / "report.png")
     print(report.table(fits))
     print(f"{out}: report.md, report.json, report.png")

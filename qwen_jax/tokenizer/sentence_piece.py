@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_whole
 from qwen_jax.tokenizer import controls, writing
 from qwen_jax.tokenizer.face import Tokenizer
 from qwen_jax.tokenizer.learning import checked
@@ -85,11 +86,11 @@ class SentencePiece(Tokenizer):
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         flags = {"legacy": False, "add_bos_token": False, "add_eos_token": False}
-        writing.write_whole(
+        write_whole(
             folder / "tokenizer_config.json",
             writing.as_json(writing.config(self, chat_template, "LlamaTokenizer") | flags),
         )
-        writing.write_whole(folder / "tokenizer.model", self.model)
+        write_whole(folder / "tokenizer.model", self.model)
 
     def __getstate__(self) -> dict:
         names = ("model", "special_tokens", "shown", "chat_template")

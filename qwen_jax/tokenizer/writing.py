@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 
+from qwen_jax.files import write_whole
 from qwen_jax.tokenizer import merges, splitting
 from qwen_jax.tokenizer.alphabet import to_text
 
@@ -40,19 +41,6 @@ def config(tokenizer, chat_template: str | None, tokenizer_class: str = "Qwen2To
 def as_json(document: dict) -> str:
     """A JSON file for people to read."""
     return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-
-
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _document(tokenizer) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -123,8 +124,10 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
+    """Returns what went wrong in one short line; the system's own reason, which tensorstore buries, goes first."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 240 else f"{line[:120]} ... {line[-120:]}"  # what went wrong stands at the end
+    code = re.search(r"os_error_code='(\d+)'", line)
+    return f"{os.strerror(int(code[1]))}: {line[:160]}" if code else line[:200]
 
 
 def load_params(

@@ -7,8 +7,8 @@ import pathlib
 import sys
 
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_whole
 from qwen_jax.training import hosts
-from qwen_jax.training.workdir import write_whole
 
 
 class MetricsWriter:

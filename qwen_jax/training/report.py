@@ -2,8 +2,8 @@
 
 import pathlib
 
+from qwen_jax.files import write_whole
 from qwen_jax.training import hosts, metrics, workdir
-from qwen_jax.training.workdir import write_whole
 
 
 def write(folder: str | pathlib.Path, *, title: str) -> None:

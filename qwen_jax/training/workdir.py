@@ -16,6 +16,7 @@ from importlib import metadata
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
+from qwen_jax.files import write_whole
 from qwen_jax.training import hosts
 
 # Where a run lives, how it is computed and how often it reports may change between two starts; what it computes, not.
@@ -117,13 +118,6 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the whole new one."""
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 def _check_same(path: pathlib.Path, found: dict, record: dict) -> None:

@@ -1,67 +1,43 @@
 """Two processes, as two hosts, train one run: the same losses as one process, and one writer of the run's folder."""
 
 import json
-import pathlib
-import socket
-import subprocess
-import sys
 
+import jax
 import pytest
 
+from experiments import pretrain
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import metrics
+from tests import hosts
 
 # Hosts that hold different rows, and hosts that hold different parts of the same rows.
 MESHES = {"fsdp4": MeshConfig(fsdp=4), "context2-tensor2": MeshConfig(context=2, tensor=2)}
 
-HOST = """
-import dataclasses, sys
-import jax
-address, number, count, devices, folder = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", int(devices))
-jax.config.update("jax_disable_most_optimizations", True)
-if int(count) > 1:
-    jax.distributed.initialize(address, int(count), int(number))
+TRAIN = """
+import dataclasses
 from experiments import pretrain
 from tests.training.test_hosts import MESHES
 
+jax.config.update("jax_disable_most_optimizations", True)
 for name, mesh in MESHES.items():
-    smoke = pretrain.smoke()
-    pretrain.run(dataclasses.replace(smoke, mesh=mesh), f"{folder}/{name}", "smoke")
+    pretrain.run(dataclasses.replace(pretrain.smoke(), mesh=mesh), f"{words[0]}/{name}", "smoke")
 """
-
-
-def train(folder, count):
-    """Runs HOST in `count` processes with four devices between them; returns what each printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST, address, str(number), str(count), str(4 // count), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ) for number in range(count)
-    ]  # fmt: skip
-    told = [host.communicate(timeout=300) for host in hosts]
-    assert [host.returncode for host in hosts] == [0] * count, told
-    return [out for out, _ in told]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    train(alone, 1)
-    return alone, together, train(together, 2)
+    alone, together = tmp_path_factory.mktemp("alone") / "run", tmp_path_factory.mktemp("together")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        pretrain.run(pretrain.smoke(), alone, "smoke")
+    return alone, together, hosts.run(TRAIN, together, count=2, devices=4)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_two_hosts_train_as_one(runs, name):
     alone, together, _ = runs
-    losses = lambda folder: [
-        (row["step"], row.get("loss"), row.get("validation/loss")) for row in metrics.read(folder / name)
-    ]
-    expected, found = losses(alone), losses(together)
+    losses = lambda folder: [(row["step"], row.get("loss"), row.get("validation/loss")) for row in metrics.read(folder)]
+    expected, found = losses(alone), losses(together / name)
     assert len(found) == len(expected) == 5
     for got, want in zip(found, expected, strict=True):
         assert got == pytest.approx(want, abs=1e-4)

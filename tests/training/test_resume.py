@@ -3,7 +3,6 @@
 import os
 import pathlib
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -19,12 +18,21 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 
 
-def start(folder, **options):
+def start(folder, *wrapper):
     flags = f"--loop.steps {STEPS} --loop.log-every 1 --loop.eval-every 4 --loop.checkpoint-every 4 --microbatches 2"
-    command = [sys.executable, "-m", "experiments.pretrain", "smoke", "--workdir", str(folder), *flags.split()]
+    command = [
+        *wrapper,
+        sys.executable,
+        "-m",
+        "experiments.pretrain",
+        "smoke",
+        "--workdir",
+        str(folder),
+        *flags.split(),
+    ]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # one device
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -72,8 +80,7 @@ def test_a_stopped_run_ends_where_one_left_alone_ends(alone, tmp_path, how, stat
 def test_a_disk_that_fills_up_is_one_line_and_costs_no_checkpoint(tmp_path):
     stop_after_a_checkpoint(tmp_path / "run", signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow over 20 kB
-    process = start(tmp_path / "run", preexec_fn=limit)
+    process = start(tmp_path / "run", "bash", "-c", 'ulimit -f 20; exec "$@"', "-")  # no file may grow over 20 kB
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]

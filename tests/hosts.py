@@ -1,0 +1,34 @@
+"""Several processes on this machine, as several hosts of one run."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+PREAMBLE = """
+import sys
+import jax
+address, number, count, devices, *words = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
+if int(count) > 1:
+    jax.distributed.initialize(address, int(count), int(number))
+"""
+
+
+def run(code: str, *words, count: int, devices: int) -> list[str]:
+    """Runs code, which finds its `words`, in `count` processes that share `devices`; returns what each printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREAMBLE + code, address, str(number), str(count), str(devices // count)]
+            + [str(word) for word in words],
+            env={"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for number in range(count)
+    ]  # fmt: skip
+    told = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0] * count, told
+    return [out for out, _ in told]
