@@ -11,9 +11,11 @@ import math
 from dataclasses import dataclass
 
 from qwen_jax.errors import InputError
+from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
+REACH = {"yarn": Yarn, "dual_chunk": DualChunk, "v1_lengths": V1Lengths}  # fields that are dataclasses themselves
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class QwenConfig:
     qkv_bias: bool = True  # Qwen, Qwen1.5, Qwen2, Qwen2.5; Qwen3 has none
     qk_norm: bool = False  # Qwen3: RMSNorm over head_dim on q and k, before RoPE
     initializer_range: float = 0.02
+    # How it reads further than it was trained to; at most one of them.
+    yarn: Yarn = Yarn()
+    dual_chunk: DualChunk = DualChunk()
+    v1_lengths: V1Lengths = V1Lengths()
 
     # How it is computed. None of these changes what the model is.
     dtype: str = "bfloat16"  # activations and matrix products
@@ -67,18 +73,24 @@ class QwenConfig:
         for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"QwenConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name, kind in REACH.items():
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"QwenConfig.{name} is {getattr(self, name)!r}; expected a {kind.__name__}")
+        on = [name for name in REACH if getattr(self, name).on]
+        if len(on) > 1:
+            raise InputError(f"QwenConfig has {' and '.join(on)} on; each stretches positions by itself, expected one")
 
     def replace(self, **fields) -> "QwenConfig":
-        """Returns a copy with these fields changed.
+        """Returns a copy with these fields changed; a field that is a dataclass may be given as a dict, as JSON has it.
 
         Raises:
           InputError: on a name that is no field; the message lists the nearest ones.
         """
-        names = [field.name for field in dataclasses.fields(self)]
-        for name in fields:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=3) or names
-                raise InputError(f"QwenConfig has no field {name!r}; nearest: {', '.join(near)}")
+        _check_names(type(self), fields)
+        for name, kind in REACH.items():
+            if isinstance(fields.get(name), dict):
+                _check_names(kind, fields[name])
+                fields[name] = kind(**fields[name])
         return dataclasses.replace(self, **fields)
 
     def param_counts(self) -> dict[str, int]:
@@ -101,6 +113,14 @@ class QwenConfig:
             "active": total,
             "active_non_embedding": non_embedding,
         }
+
+
+def _check_names(kind: type, fields: dict) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3) or names
+            raise InputError(f"{kind.__name__} has no field {name!r}; nearest: {', '.join(near)}")
 
 
 def _qwen(hidden, layers, heads, intermediate, *, kv_heads=None, tied=False, vocab=151_936, **fields):
@@ -130,10 +150,11 @@ def _registry() -> dict[str, QwenConfig]:
     """The base models. Instruct variants share the shape; rms_norm_eps and context are read from their config.json."""
     long, wide = dict(max_position_embeddings=131_072), dict(vocab=152_064)
     loose = dict(rms_norm_eps=1e-5)  # what the large Qwen2.5 base models were trained with
-    # v1 has tricks for lengths beyond the one it was trained at (seq_length): below it, it is this model.
-    v1 = lambda length: dict(max_position_embeddings=length, rope_theta=1e4)
-    # The 1M models attend in chunks of 262,144, of which 8,192 are local: up to the difference it is plain attention.
-    million = dict(max_position_embeddings=262_144 - 8_192, rope_theta=1e7, rms_norm_eps=1e-5)
+    # 14B was trained at 2,048 and reads 8,192; raise max_position_embeddings to have the others stretch as well.
+    tricks = lambda length: V1Lengths(length, use_dynamic_ntk=True, use_logn_attn=True)
+    v1 = lambda length: dict(max_position_embeddings=8192, rope_theta=1e4, v1_lengths=tricks(length))
+    chunks = DualChunk(262_144, local_size=8_192, original_max_position_embeddings=262_144)
+    million = dict(max_position_embeddings=1_010_000, rope_theta=1e7, rms_norm_eps=1e-5, dual_chunk=chunks)
     return {
         "qwen-1.8b": _qwen(2048, 24, 16, 5504, **v1(8192)),
         "qwen-7b": _qwen(4096, 32, 32, 11008, **v1(8192)),

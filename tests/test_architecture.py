@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "qwen_jax"
 
 FLOORS = {
-    "errors": 0, "files": 0, "batches": 0, "config": 0, "sharding": 0, "tokenizer": 0,
+    "errors": 0, "files": 0, "batches": 0, "long_context": 0, "config": 0, "sharding": 0, "tokenizer": 0,
     "data": 1, "ops": 1, "objectives": 1,
     "models": 2,
     "hf": 3, "rollout": 3,
@@ -20,7 +20,7 @@ FLOORS = {
 }  # fmt: skip
 
 # Floor 0 is made of leaves that everyone names: those below may be imported by their neighbours on the floor.
-LEAVES = {"errors", "files", "batches"}
+LEAVES = {"errors", "files", "batches", "long_context"}
 SIDEWAYS = {("sharding", "config"), ("objectives", "ops")}
 # The model arrives as a callable; data workers must not load JAX.
 NEVER = {

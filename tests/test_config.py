@@ -1,5 +1,7 @@
 """The registry holds the published sizes; bad values are refused by name."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -49,15 +51,45 @@ def test_counts_are_those_of_the_parameters_and_of_the_model_card(name):
 def test_what_differs_between_models_of_one_shape():
     field = lambda name, *names: tuple(getattr(config.get(name), field) for field in names)
     rope = ("rope_theta", "max_position_embeddings", "rms_norm_eps")
-    assert field("qwen-14b", *rope) == (1e4, 2048, 1e-6)
+    assert field("qwen-14b", *rope) == (1e4, 8192, 1e-6)
     assert field("qwen-72b", *rope) == (1e6, 32_768, 1e-6)
     assert field("qwen1.5-14b", *rope) == (1e6, 32_768, 1e-6)
     assert field("qwen2.5-14b", *rope) == (1e6, 131_072, 1e-5)
-    assert field("qwen2.5-14b-1m", *rope) == (1e7, 253_952, 1e-5)
+    assert field("qwen2.5-14b-1m", *rope) == (1e7, 1_010_000, 1e-5)
     assert [config.get(f"qwen1.5-{size}").num_key_value_heads for size in ("14b", "32b")] == [40, 8]
     tied = [name for name in config.names() if config.get(name).tie_word_embeddings]
     assert tied == ["qwen1.5-0.5b"] + [f"qwen2-{s}" for s in ("0.5b", "1.5b")] + [
         f"qwen2.5-{s}" for s in ("0.5b", "1.5b", "3b")] + [f"qwen3-{s}" for s in ("0.6b", "1.7b", "4b")]  # fmt: skip
+
+
+def test_how_the_published_models_read_further_than_they_were_trained():
+    on = lambda field: {name: getattr(config.get(name), field) for name in config.names()
+                        if getattr(config.get(name), field).on}  # fmt: skip
+    tricks = {name: (x.seq_length, x.use_dynamic_ntk, x.use_logn_attn) for name, x in on("v1_lengths").items()}
+    assert tricks == {f"qwen-{size}": (length, True, True) for size, length in (
+        ("1.8b", 8192), ("7b", 8192), ("14b", 2048))}  # fmt: skip
+    chunks = config.DualChunk(262_144, 8192, 262_144, "code")
+    assert on("dual_chunk") == {"qwen2.5-7b-1m": chunks, "qwen2.5-14b-1m": chunks} and chunks.stride == 253_952
+    assert not on("yarn")
+
+
+def test_parts_come_back_from_json():
+    model = config.get("qwen2-7b").replace(yarn=config.Yarn(4.0, 64))
+    fields = json.loads(json.dumps(dataclasses.asdict(model)))
+    assert config.QwenConfig().replace(**fields) == model
+    with pytest.raises(InputError, match="Yarn has no field 'factors'; nearest: factor"):
+        model.replace(yarn={"factors": 2.0})
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(yarn=config.Yarn(2.0), dual_chunk=config.DualChunk(64, 16)), "yarn and dual_chunk on"),
+    (dict(dual_chunk=config.DualChunk(64, 16), v1_lengths=config.V1Lengths(8, True)), "dual_chunk and v1_lengths on"),
+    (dict(yarn=4.0), "yarn is 4.0; expected a Yarn"),
+    (dict(dual_chunk={"chunk_size": 64, "local_size": 33}), "local_size is 33; expected 1 to 32"),
+], ids=str)  # fmt: skip
+def test_one_way_of_reading_further_at_a_time(fields, message):
+    with pytest.raises(InputError, match=message):
+        config.get("qwen2-7b").replace(**fields)
 
 
 def test_an_unknown_name_is_told_the_nearest():

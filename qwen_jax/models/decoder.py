@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
 from qwen_jax.models.attend import attend
 from qwen_jax.models.layers import Linear, RMSNorm, declare
-from qwen_jax.ops import rope
+from qwen_jax.ops import segments
+from qwen_jax.ops.rope_scaling import Rotation, rotation
 from qwen_jax.sharding import Layout, constrain
 
 ONE_DEVICE = Layout()
@@ -44,8 +46,7 @@ class KVCache(NamedTuple):
 class Where(NamedTuple):
     """What attention needs to know of queries and keys; shared by all layers."""
 
-    cos: jax.Array
-    sin: jax.Array
+    rotation: Rotation
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
     kv_positions_BS: jax.Array
@@ -68,9 +69,10 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BTNH = RMSNorm(H, c, name="q_norm")(q_BTNH)
             k_BTKH = RMSNorm(H, c, name="k_norm")(k_BTKH)
-        q_BTNH = constrain(rope.rotate(q_BTNH, where.cos, where.sin), ("batch", "length", "heads", "head_dim"), layout)
+        q_axes = (*(None,) * c.dual_chunk.on, "batch", "length", "heads", "head_dim")
+        q_BTNH = constrain(where.rotation.queries(q_BTNH), q_axes, layout)
         kv_axes = ("batch", None, "kv_heads", "head_dim")  # each query needs every key: the length is not split
-        k_BSKH = constrain(rope.rotate(k_BTKH, where.cos, where.sin), kv_axes, layout)
+        k_BSKH = constrain(where.rotation.keys(k_BTKH), kv_axes, layout)
         v_BSKH = constrain(v_BTKH, kv_axes, layout)
         if cache is not None:
             cache = tuple(
@@ -79,7 +81,7 @@ class Attention(nn.Module):
             )
             k_BSKH, v_BSKH = (jnp.swapaxes(slots_BKSH, 1, 2) for slots_BKSH in cache)
         marks = (where.positions_BT, where.kv_positions_BS, where.segment_ids_BT, where.kv_segment_ids_BS)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, marks, backend=c.attention, layout=layout)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, marks, backend=c.attention, layout=layout, stride=c.dual_chunk.stride)
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
         return Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")(out_BTNH), cache
 
@@ -160,7 +162,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache | None = None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KVCache | None = None,
+        prompt_lengths_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the stack.
 
@@ -169,18 +176,29 @@ class Decoder(nn.Module):
           positions_BT: int32 position of each token in its document.
           segment_ids_BT: int32 document of each token, 0 for padding.
           cache: what came before; the T new tokens are written behind it.
+          prompt_lengths_BT: int32 length of the prompt of each token's document (see `ops.rope_scaling`); None takes
+            every document as whole in this call.
 
         Returns:
           hidden_BTD after the final norm, in config.dtype; the cache with the new tokens (None without one).
+
+        Raises:
+          InputError: where the cache has no room for the tokens.
         """
+        _check_room(tokens_BT, cache)
         c, init = self.config, nn.initializers.normal(self.config.initializer_range)
         shape_VD = (c.vocab_size, c.hidden_size)
         embedding_VD = declare(self, "embedding", init, shape_VD, ("vocab_in", "embed"), c)
         if not c.tie_word_embeddings and not self.fused:
             declare(self, "head", init, shape_VD, ("vocab", "embed"), c)  # its product is the caller's: see `head`
 
-        cos, sin = rope.tables(positions_BT, head_dim=c.head_dim, theta=c.rope_theta)
-        where = Where(cos, sin, positions_BT, segment_ids_BT, positions_BT, segment_ids_BT, None)
+        if prompt_lengths_BT is None:
+            prompt_lengths_BT = segments.lengths(positions_BT, segment_ids_BT)
+        rotations = rotation(
+            positions_BT, prompt_lengths_BT,
+            head_dim=c.head_dim, theta=c.rope_theta, yarn=c.yarn, chunks=c.dual_chunk, v1=c.v1_lengths,
+        )  # fmt: skip
+        where = Where(rotations, positions_BT, segment_ids_BT, positions_BT, segment_ids_BT, None)
         if cache is not None:
             where = where._replace(
                 kv_positions_BS=_write(cache.positions, positions_BT, cache.index),
@@ -222,6 +240,16 @@ def head(config: QwenConfig, params, layout: Layout = ONE_DEVICE) -> jax.Array:
     if config.vocab_size % layout.size("vocab"):
         return params["embedding"]
     return constrain(params["embedding"], ("vocab", "embed"), layout)
+
+
+def _check_room(tokens_BT: jax.Array, cache: KVCache | None) -> None:
+    """A write behind the last slot would silently overwrite the last ones."""
+    if cache is None:
+        return
+    slots, new = cache.positions.shape[1], tokens_BT.shape[1]
+    written = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)  # traced: known at run time only
+    if written + new > slots:
+        raise InputError(f"the cache has {slots} slots, {written} of them written; no room for {new} more tokens")
 
 
 def _write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from qwen_jax import sharding
 from qwen_jax.config import QwenConfig
+from qwen_jax.errors import InputError
 from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head
 from qwen_jax.ops import segments
 from qwen_jax.ops.cross_entropy import token_log_probs
@@ -61,14 +62,21 @@ def hidden_states(
     *,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
+    prompt_lengths_BT: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Returns final hidden states [B, T, D] in config.dtype; arguments as in `forward`."""
+    limit = config.max_position_embeddings
+    if positions_BT is None and segment_ids_BT is None and tokens_BT.shape[1] > limit:
+        raise InputError(
+            f"tokens are rows of {tokens_BT.shape[1]}; the model reads at most {limit} (max_position_embeddings)"
+        )
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = segments.positions(segment_ids_BT)
-    return Decoder(config, layout).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
+    decoder = Decoder(config, layout)
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, prompt_lengths_BT)[0]
 
 
 @_compiled
@@ -79,6 +87,7 @@ def forward(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Returns the logits of every position. For training use `log_probs`, which never holds them all.
@@ -90,14 +99,21 @@ def forward(
       positions: [B, T] int32; each token's place in its segment if None.
       segment_ids: [B, T] int32, documents that share a row and do not see each other, 0 for padding (left or right);
         one document a row if None.
+      prompt_lengths: [B, T] int32, of each token's document how many tokens were read at once before the answer was
+        sampled; all of them if None. Beyond the length of training, Qwen v1's dynamic NTK and the temperature of
+        Qwen2.5-1M depend on it: give it to score what such a model has sampled.
       layout: mesh and rules.
 
     Returns:
       [B, T, V] float32, padding rows of the vocabulary included.
+
+    Raises:
+      InputError: where a row is one document longer than the model reads.
     """
     hidden_BTD = hidden_states(
-        config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
-    )
+        config, params, tokens,
+        positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths, layout=layout,
+    )  # fmt: skip
     head_VD = head(config, params, layout).astype(hidden_BTD.dtype)
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
@@ -111,6 +127,7 @@ def log_probs(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
     chunks: int = 8,
 ) -> jax.Array:
@@ -121,10 +138,10 @@ def log_probs(
       chunks: pieces of the vocabulary; more hold less memory.
     """
     hidden_BTD = hidden_states(
-        config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, layout=layout
-    )
-    head_VD = head(config, params, layout)
-    return token_log_probs(hidden_BTD, head_VD, targets, chunks=chunks, parts=layout.size("vocab"))
+        config, params, tokens,
+        positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths, layout=layout,
+    )  # fmt: skip
+    return token_log_probs(hidden_BTD, head(config, params, layout), targets, chunks=chunks, parts=layout.size("vocab"))
 
 
 @_compiled
@@ -135,6 +152,7 @@ def sequence_log_probs(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Returns log p(tokens[b, t+1] | tokens[b, :t+1]) as [B, T-1] float32; arguments as in `forward`.
@@ -143,6 +161,7 @@ def sequence_log_probs(
     """
     targets = jnp.roll(tokens, -1, axis=1)
     every = log_probs(
-        config, params, tokens, targets, positions=positions, segment_ids=segment_ids, layout=layout
-    )  # all T, so that a length split over the mesh stays even
+        config, params, tokens, targets,
+        positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout,
+    )  # fmt: skip  # all T, so that a length split over the mesh stays even
     return every[:, :-1]

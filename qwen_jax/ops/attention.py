@@ -8,7 +8,10 @@ where it is not. A kernel cannot be split over a mesh by the compiler: on more t
 from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes and the place of the call only, never at the
 devices of this process: what is compiled ahead of time for another machine is what that machine would have compiled.
 
-Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N/K query heads per kv head, H head dim.
+Dual chunk attention (`ops.dual_chunk`) is the same with three rotations of each query, by `reference` and `blockwise`.
+
+Shapes: A kinds of queries, B batch, T queries, S keys, N query heads, K kv heads, G = N/K query heads per kv head, H
+head dim.
 """
 
 import functools
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.errors import InputError
-from qwen_jax.ops import blockwise
+from qwen_jax.ops import blockwise, dual_chunk
 from qwen_jax.ops.blockwise import NEG_INF, Marks, Spec
 from qwen_jax.ops.kernels import flash_tpu
 
@@ -46,13 +49,14 @@ def attention(
     causal: bool = True,
     backend: str = "auto",
     block_sizes: tuple[int, int] | None = None,
+    stride: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Grouped-query attention; a query sees the keys of its own segment that are not later than itself.
 
     kv head g serves query heads g*G ... (g+1)*G - 1 (Ainslie et al., arXiv:2305.13245).
 
     Args:
-      q_BTNH: queries, already rotated.
+      q_BTNH: queries, already rotated; with a stride [A, B, T, N, H], rotated by `dual_chunk.query_positions`.
       k_BSKH: keys, already rotated; K divides N.
       v_BSKH: values.
       q_positions_BT: int32 positions; "later" compares these, not indices.
@@ -63,24 +67,29 @@ def attention(
       causal: False lets a query see later keys of its segment too.
       backend: one of BACKENDS; "auto" chooses as the module's docstring says.
       block_sizes: greatest number of queries and of keys in a block of `blockwise`; chosen by shape if None.
+      stride: length of a chunk of dual chunk attention, which sees what causal attention sees; None is plain attention.
 
     Returns:
       out_BTNH in the type of q, zero where a query sees nothing; logsumexp_BTN float32 of the scaled logits.
 
     Raises:
-      InputError: on an unknown back end.
+      InputError: on an unknown back end; with a stride also on blocks that do not divide it, and on what has no chunks.
     """
     if backend not in BACKENDS:
         raise InputError(f"attention back end {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    if stride is not None:
+        _check_chunks(q_BTNH, stride, causal, backend, block_sizes)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     marks = Marks(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS)
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    T, S = q_BTNH.shape[-3], k_BSKH.shape[1]
     if backend == "auto":
-        backend = _choose(T, S)
+        backend = _choose(T, S, stride)
     if backend == "reference":
-        return _reference(q_BTNH, k_BSKH, v_BSKH, visible(*marks, causal=causal), scale)
+        q_ABTNH = q_BTNH[None] if stride is None else q_BTNH
+        return _reference(q_ABTNH, k_BSKH, v_BSKH, _masks(marks, causal, stride), scale)
     most_q, most_k = block_sizes or (BLOCK_Q, BLOCK_K if T > SMALL else BLOCK_K_FEW_QUERIES)
-    spec = Spec(scale, causal, blockwise.block_size(T, most_q), blockwise.block_size(S, most_k))
+    size = blockwise.block_size if stride is None else functools.partial(_size_within_chunks, stride)
+    spec = Spec(scale, causal, size(T, most_q), size(S, most_k), stride)
     # In a shard_map queries may vary over more mesh axes than keys: made equal here, whose transpose is the sum over
     # those axes that the gradients of the keys need.
     arrays = (q_BTNH, k_BSKH, v_BSKH, *marks)
@@ -89,9 +98,34 @@ def attention(
     return _in_blocks(*arrays[:3], Marks(*arrays[3:]), spec, backend == "tpu")
 
 
-def _choose(T: int, S: int) -> str:
+def _check_chunks(q_ABTNH, stride, causal, backend, block_sizes) -> None:
+    kinds = len(dual_chunk.KINDS)
+    if q_ABTNH.ndim != 5 or q_ABTNH.shape[0] != kinds:
+        raise InputError(f"queries have shape {q_ABTNH.shape}; dual chunk attention expects [{kinds}, B, T, N, H]")
+    if not causal or backend == "tpu":
+        raise InputError(
+            f"dual chunk attention with causal {causal} and back end {backend!r}; "
+            "it is causal, and its back ends are auto, reference, blockwise"
+        )
+    for size in block_sizes or ():
+        if stride % size:
+            raise InputError(f"blocks of {size} do not divide the stride of {stride}; expected block_sizes that do")
+
+
+def _size_within_chunks(stride: int, length: int, most: int) -> int:
+    """The largest block of at most `most` that divides the stride: then no block of a row from 0 on is cut by a border.
+
+    Where only small ones divide it, `most`: the few blocks that are cut are computed once for either side.
+    """
+    divisor = next(size for size in range(most, 0, -1) if stride % size == 0)
+    return min(length, divisor if 2 * divisor > most else most)
+
+
+def _choose(T: int, S: int, stride: int | None) -> str:
     if max(T, S) <= SMALL:
         return "reference"
+    if stride is not None:
+        return "blockwise"
     return "tpu" if T >= KERNEL_LENGTH and jax.sharding.get_abstract_mesh().are_all_axes_manual else "blockwise"
 
 
@@ -132,13 +166,24 @@ def visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS
     return mask_BTS
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
+def _masks(marks: Marks, causal: bool, stride: int | None) -> jax.Array:
+    """Returns [A, B, T, S] bool: which key each kind of query may see, no key by two kinds."""
+    masks_ABTS = visible(*marks, causal=causal)[None]
+    if stride is None:
+        return masks_ABTS
+    since_ABT, until_ABT = dual_chunk.windows(marks.q_positions_BT, stride)
+    kv_1B1S = marks.kv_positions_BS[None, :, None, :]
+    return masks_ABTS & (since_ABT[..., None] <= kv_1B1S) & (kv_1B1S <= until_ABT[..., None])
+
+
+def _reference(q_ABTNH, k_BSKH, v_BSKH, masks_ABTS, scale):
     """All T x S logits at once, softmax in float32: the definition the other back ends are tested against."""
-    B, T, N, H = q_BTNH.shape
+    A, B, T, N, H = q_ABTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    mask_B11TS = mask_BTS[:, None, None]
+    q_ABTKGH = q_ABTNH.reshape(A, B, T, K, N // K, H)
+    logits_ABKGTS = jnp.einsum("ABTKGH,BSKH->ABKGTS", q_ABTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    logits_BKGTS = jnp.sum(jnp.where(masks_ABTS[:, :, None, None], logits_ABKGTS, 0.0), axis=0)
+    mask_B11TS = jnp.any(masks_ABTS, axis=0)[:, None, None]
     logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, NEG_INF)
     peak_BKGT1 = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
     weights_BKGTS = jnp.where(mask_B11TS, jnp.exp(logits_BKGTS - peak_BKGT1), 0.0)
@@ -148,4 +193,4 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale):
     probs_BKGTS = (weights_BKGTS / safe_BKGT1).astype(v_BSKH.dtype)
     out_BTNH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
     logsumexp_BKGT = (peak_BKGT1 + jnp.log(safe_BKGT1))[..., 0]
-    return out_BTNH.astype(q_BTNH.dtype), jnp.moveaxis(logsumexp_BKGT.reshape(B, N, T), 1, 2)
+    return out_BTNH.astype(q_ABTNH.dtype), jnp.moveaxis(logsumexp_BKGT.reshape(B, N, T), 1, 2)

@@ -5,15 +5,27 @@ Shapes: B batch, T length, N heads, H head dim.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def tables(positions_BT: jax.Array, *, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, each [B, T, H/2] float32, for integer positions.
+def frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Returns the angle between neighbouring positions, [H/2] float64, greatest first."""
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def tables(positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin, each [B, T, H/2] float32.
 
     Float32 whatever the model computes in: bfloat16 angles are wrong beyond a few hundred positions.
+
+    Args:
+      positions_BT: integers, of any leading axes.
+      frequencies: [H/2], or one set for each token, [B, T, H/2].
     """
-    inverse_frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT.astype(jnp.float32)[..., None] * inverse_frequency[None, None, :]
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    if frequencies.ndim == 1:
+        frequencies = frequencies.reshape((1,) * positions_BT.ndim + (-1,))
+    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -91,7 +91,9 @@ class Engine:
         cache = self._empty_cache(B, T)
         layout = self.layout
         tokens_BT = constrain(request.tokens, ("batch", "length"), layout)
-        hidden_BTD, cache = self._read(weights, tokens_BT, positions_BT, real_BT.astype(jnp.int32), cache, layout)
+        hidden_BTD, cache = self._read(
+            weights, tokens_BT, positions_BT, real_BT.astype(jnp.int32), cache, request, layout
+        )
         nothing_BM = jnp.zeros((B, self.slots), jnp.float32)
         state = State(
             step=jnp.int32(0),
@@ -116,15 +118,16 @@ class Engine:
             positions_B1 = (request.lengths + state.step - 1)[:, None]
             alive_B1 = (~state.done).astype(jnp.int32)[:, None]
             hidden_B1D, cache = self._read(
-                weights, state.token[:, None], positions_B1, alive_B1, state.cache, self._one_token_layout()
+                weights, state.token[:, None], positions_B1, alive_B1, state.cache, request, self._one_token_layout()
             )
             return self._sample(state._replace(cache=cache), hidden_B1D[:, 0], weights, request)
 
         return jax.lax.while_loop(unfinished, step, state)
 
-    def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, layout):
+    def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, request, layout):
         decoder = Decoder(self.config, layout, fused=True)
-        return decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache)
+        lengths_BT = jnp.broadcast_to(request.lengths[:, None], tokens_BT.shape)
+        return decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache, lengths_BT)
 
     def _sample(self, state: State, hidden_BD: jax.Array, weights: dict, request: Request) -> State:
         logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
