@@ -37,8 +37,7 @@ def load(
       mesh: where the parameters go, split by the default `sharding.Rules`; the default device if None.
 
     Returns:
-      The config as config.json gives it, with param_dtype set, and the parameters as `models.init` shapes them. Of
-      models that change how they attend beyond some length (v1, the 1M models), max_position_embeddings is that length.
+      The config as config.json gives it, with param_dtype set, and the parameters as `models.init` shapes them.
 
     Raises:
       InputError: in one line, on a config.json this package does not compute, on missing, unexpected or mis-shaped

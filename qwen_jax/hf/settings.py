@@ -9,6 +9,7 @@ import pathlib
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
+from qwen_jax.hf import reach
 from qwen_jax.hf.files import read_json
 from qwen_jax.hf.layouts import TABLES
 
@@ -107,62 +108,29 @@ def _qwen2_or_3(fields: Fields, model_type: str) -> dict:
     else:
         shape["head_dim"] = _divided(fields, "hidden_size", shape["num_attention_heads"])
     return shape | {
-        "max_position_embeddings": _reach(fields),
         "num_key_value_heads": fields.whole("num_key_value_heads"),
-        "rope_theta": _theta(fields),
         "rms_norm_eps": fields.number("rms_norm_eps"),
         "qkv_bias": model_type == "qwen2",
         "qk_norm": model_type == "qwen3",
+        "v1_lengths": reach.v1_lengths(fields),
+        **reach.rope(fields, shape["max_position_embeddings"]),
+        **reach.dual_chunk(fields),
     }
 
 
-def _theta(fields: Fields) -> float:
-    """Returns rope_theta of either spelling; refuses scaled RoPE."""
-    theta = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(name, {})
-        if not isinstance(rope, dict):
-            raise fields.refused(f"{name} is {rope!r}; expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise fields.refused(f"{name} is of type {kind!r}; only unscaled RoPE ('default') is supported")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise fields.refused(f"{name}.partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1.0")
-        if "rope_theta" in rope:
-            theta[f"{name}.rope_theta"] = float(rope["rope_theta"])
-    if fields.get("rope_theta") is not None or not theta:
-        theta["rope_theta"] = fields.number("rope_theta")
-    if len(set(theta.values())) > 1:
-        raise fields.refused(f"{' and '.join(f'{name} {value}' for name, value in theta.items())} differ")
-    return next(iter(theta.values()))
-
-
-def _reach(fields: Fields) -> int:
-    """Returns up to which length plain attention is the model: all of it, but for the 1M models.
-
-    Those attend in chunks. Up to chunk_size - local_size positions there is one chunk, which is plain attention.
-    """
-    positions, chunks = fields.whole("max_position_embeddings"), fields.get("dual_chunk_attention_config")
-    if chunks is None:
-        return positions
-    try:
-        return min(positions, chunks["chunk_size"] - chunks["local_size"])
-    except (KeyError, TypeError):
-        raise fields.refused("dual_chunk_attention_config needs the numbers chunk_size and local_size") from None
-
-
 def _qwen(fields: Fields) -> dict:
-    """Qwen v1. Its length tricks (use_dynamic_ntk, use_logn_attn) act beyond seq_length only: that is our limit."""
+    """Qwen v1."""
     shape = fields.shape()
     heads = shape["num_attention_heads"]
     head_dim = fields.whole("kv_channels") if fields.get("kv_channels") else _divided(fields, "hidden_size", heads)
+    fields.whole("seq_length")  # the length of training: without it nobody knows where the tricks begin
     return shape | {
         "intermediate_size": _divided(fields, "intermediate_size", 2),  # the file counts gate and up together
-        "max_position_embeddings": min(fields.whole("seq_length"), shape["max_position_embeddings"]),
         "num_key_value_heads": heads,
         "head_dim": head_dim,
         "rope_theta": fields.number("rotary_emb_base"),
         "rms_norm_eps": fields.number("layer_norm_epsilon"),
+        "v1_lengths": reach.v1_lengths(fields),
     }
 
 
@@ -198,7 +166,7 @@ def write(config: QwenConfig, dtype: str) -> dict:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        **reach.write(config),
         "initializer_range": config.initializer_range,
         **({"attention_bias": False} if config.qk_norm else {}),  # no field of qwen2, where q, k and v always have one
         "attention_dropout": 0.0,

@@ -11,6 +11,7 @@ import pytest
 
 from qwen_jax import hf, models, sharding
 from qwen_jax.hf import files, layouts
+from qwen_jax.long_context import V1Lengths
 from tests.conftest import FAMILIES, MESHES, tiny
 from tests.hf import made_up
 
@@ -167,7 +168,7 @@ def test_qwen_v1_is_the_same_model_in_other_boxes(tmp_path):
     made_up.write(tmp_path / "v1", *v1(config))
     made_up.checkpoint(tmp_path / "qwen2", config, dtype=np.float32)
     (old, old_params), (new, new_params) = hf.load(tmp_path / "v1", mesh=mesh), hf.load(tmp_path / "qwen2")
-    assert old == new.replace(max_position_embeddings=48)  # beyond seq_length its length tricks would act
+    assert old == new.replace(v1_lengths=V1Lengths(48, use_dynamic_ntk=True, use_logn_attn=True))
     equal(old_params, new_params)
 
 

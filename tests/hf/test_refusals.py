@@ -49,7 +49,15 @@ def test_fields_are_read_not_assumed(changes, tmp_path):
 @pytest.mark.parametrize("config, changes, pattern", [
     (QWEN2, dict(use_sliding_window=True), "use_sliding_window is True"),
     (QWEN2, dict(layer_types=["full_attention", "sliding_attention"]), "layer_types has sliding_attention"),
-    (QWEN2, dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling is of type 'yarn'"),
+    (QWEN2, dict(rope_scaling={"type": "yarn"}), "rope_scaling has no factor"),
+    (QWEN2, dict(rope_scaling={"type": "yarn", "factor": 0.5}), "yarn.factor is 0.5; expected at least 1"),
+    (QWEN2, dict(rope_scaling={"type": "yarn", "factor": "4"}), "rope_scaling.factor is '4'; expected int or float"),
+    (QWEN2, dict(rope_scaling={"type": "yarn", "factor": 4.0, "truncate": False}), "truncate is False"),
+    (QWEN2, dict(rope_scaling={"type": "yarn", "factor": 4.0}, rope_parameters={"type": "yarn", "factor": 2.0}),
+     "rope_parameters.yarn .*factor=2.0.* and rope_scaling.yarn .*factor=4.0.* differ"),
+    (QWEN2, dict(dual_chunk_attention_config={"chunk_size": 64, "local_size": 40}), "local_size is 40; expected 1"),
+    (QWEN2, dict(dual_chunk_attention_config={"chunk_size": 64.0}), "config.chunk_size is 64.0; expected int"),
+    (QWEN2, dict(dual_chunk_attention_config=True), "dual_chunk_attention_config is True; expected an object"),
     (QWEN2, dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_parameters is of type 'linear'"),
     (QWEN2, dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "rope_theta 10000.0 .*1000000.0 differ"),
     (QWEN2, dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
@@ -74,13 +82,6 @@ def test_a_config_we_do_not_compute_is_refused_by_field(config, changes, pattern
 def test_a_v1_config_we_do_not_compute_is_refused_by_field(changes, pattern, tmp_path):
     fields, tensors = v1(tiny(tie_word_embeddings=False, num_key_value_heads=4))
     refused(made_up.write(tmp_path, fields | changes, tensors), pattern)
-
-
-def test_the_1m_models_reach_as_far_as_one_chunk(tmp_path):
-    chunks = dict(chunk_size=96, local_size=32, original_max_position_embeddings=96)
-    config, _ = hf.load(made_up.checkpoint(tmp_path, QWEN2, dual_chunk_attention_config=chunks))
-    assert config.max_position_embeddings == 64
-    refused(made_up.checkpoint(tmp_path, QWEN2, dual_chunk_attention_config={"chunk_size": 9}), "local_size")
 
 
 def test_all_that_is_wrong_with_the_tensors_is_told_at_once(tmp_path):
