@@ -86,8 +86,10 @@ def _part(fields, name: str, kind: type, values: dict, needed: tuple[str, ...] =
 
 def write(config: QwenConfig) -> dict:
     """The fields of how it reads further than it was trained to; those of Qwen v1 only we read in a qwen2 folder."""
-    told = lambda part: {name: value for name, value in dataclasses.asdict(part).items() if value not in (None, 0.0)}
-    out = {"rope_scaling": {"rope_type": "yarn", **told(config.yarn)} if config.yarn.on else None}
+    told, usual = dataclasses.asdict(config.yarn), dataclasses.asdict(Yarn())
+    needed = ("factor", "original_max_position_embeddings")
+    yarn = {name: value for name, value in told.items() if name in needed or value != usual[name]}
+    out = {"rope_scaling": {"rope_type": "yarn", **yarn} if config.yarn.on else None}
     if config.dual_chunk.on:
         out["dual_chunk_attention_config"] = dataclasses.asdict(config.dual_chunk)
     if config.v1_lengths.on:

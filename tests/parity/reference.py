@@ -13,6 +13,12 @@ SHAPES = {
     "qwen2-untied": dict(rms_norm_eps=1e-5, rope_theta=3e5),
     "qwen2-14-heads": dict(hidden_size=56, num_attention_heads=14, vocab_size=83),
     "qwen2-head-dim": dict(hidden_size=40, head_dim=16),
+    "qwen2-yarn": dict(
+        head_dim=16,
+        rope_theta=100.0,
+        max_position_embeddings=128,
+        rope=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+    ),
     "qwen3": dict(hidden_size=48, head_dim=16, rms_norm_eps=1e-5),
     "qwen3-tied-14-heads": dict(hidden_size=36, num_attention_heads=14, head_dim=6, tie_word_embeddings=True),
 }
@@ -20,12 +26,12 @@ SHAPES = {
 
 def make(name: str, seed: int = 0):
     """Returns a transformers model in which no parameter has its initial value, so that a forgotten one shows."""
-    theta = SHAPES[name].get("rope_theta", 1e4)
+    rope = {"rope_type": "default", "rope_theta": SHAPES[name].get("rope_theta", 1e4)} | SHAPES[name].get("rope", {})
     fields = {
         "vocab_size": 67, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    } | {key: value for key, value in SHAPES[name].items() if key != "rope_theta"}  # fmt: skip
+        "rope_parameters": rope,
+    } | {key: value for key, value in SHAPES[name].items() if key not in ("rope", "rope_theta")}  # fmt: skip
     kind = "Qwen3" if name.startswith("qwen3") else "Qwen2"
     config = getattr(transformers, f"{kind}Config")(**fields)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

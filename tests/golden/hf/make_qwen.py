@@ -25,7 +25,7 @@ from tests.parity.batches import KINDS, batch
 HERE = pathlib.Path(__file__).parent
 FIELDS = dict(
     vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, kv_channels=8, intermediate_size=88,
-    seq_length=64, max_position_embeddings=64, layer_norm_epsilon=1e-5, rotary_emb_base=3e5, attn_dropout_prob=0.0,
+    seq_length=64, max_position_embeddings=256, layer_norm_epsilon=1e-5, rotary_emb_base=3e5, attn_dropout_prob=0.0,
     emb_dropout_prob=0.0, fp32=True, use_flash_attn=False, use_dynamic_ntk=True, use_logn_attn=True,
 )  # fmt: skip
 
@@ -63,6 +63,19 @@ def as_qwen2(name: str, x: np.ndarray) -> dict[str, np.ndarray]:
     return {name: x}
 
 
+def beyond_training(model) -> dict[str, np.ndarray]:
+    """One document of 160 tokens, 2.5 times seq_length: read whole, and from token 80 on decoded one by one."""
+    tokens, prompt = np.random.default_rng(9).integers(0, model.config.vocab_size, (1, 160), dtype=np.int32), 80
+    ids = torch.from_numpy(tokens).long()
+    with torch.no_grad():
+        whole, decoded = model(ids, use_cache=False).logits, []
+        step = model(ids[:, :prompt], use_cache=True)
+        for t in range(prompt, tokens.shape[1]):
+            step = model(ids[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
+            decoded.append(step.logits)
+    return {"long/tokens": tokens, "long/logits": whole.numpy(), "long/decoded": torch.cat(decoded, 1).numpy()}
+
+
 def main(folder: str) -> None:
     model, target = make(pathlib.Path(folder).absolute()), HERE / "qwen"
     target.mkdir(exist_ok=True)
@@ -79,6 +92,7 @@ def main(folder: str) -> None:
     loss, gradients = reference.loss_and_gradients(model, tokens, segments)
     figures |= {"loss": np.float32(loss)}
     figures |= {f"gradient/{key}": value for name, x in gradients.items() for key, value in as_qwen2(name, x).items()}
+    figures |= beyond_training(model)
     np.savez_compressed(target / "figures.npz", **figures)
 
 

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from qwen_jax import hf
+from qwen_jax import hf, models
 from tests.parity import ours
 from tests.parity.batches import KINDS
 
@@ -35,6 +35,18 @@ def test_gradients(golden, tmp_path):
     expected = {key.removeprefix("gradient/"): x for key, x in figures.items() if key.startswith("gradient/")}
     assert abs(loss - figures["loss"]) < 1e-5
     assert ours.worst_relative(gradients, expected) < 1e-4
+
+
+def test_qwen_v1_beyond_the_length_of_its_training_whole_and_decoded():
+    """Dynamic NTK and LogN of the published code: 160 tokens by a model of 64; behind a prompt of 80 one by one."""
+    config, params = hf.load(HERE / "qwen", dtype="float32")
+    config = config.replace(dtype="float32")
+    with np.load(HERE / "qwen" / "figures.npz", allow_pickle=False) as figures:
+        tokens, whole, decoded = (figures[f"long/{name}"] for name in ("tokens", "logits", "decoded"))
+    np.testing.assert_allclose(models.forward(config, params, tokens), whole, atol=1e-4)
+    behind = models.forward(config, params, tokens, prompt_lengths=np.full_like(tokens, 80))
+    np.testing.assert_allclose(behind[:, 80:], decoded, atol=1e-4)
+    assert np.abs(whole[:, 80:] - decoded).max() > 1  # the decoded ones keep the prompt's base
 
 
 def test_all_shapes_are_here():
