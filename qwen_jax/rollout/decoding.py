@@ -75,25 +75,21 @@ class Engine:
       layout: mesh and rules.
       plan: the steps of sampling.
       slots: M, room for the answer.
+      piece: how many tokens of a prompt are read at a time, about: activations of more never exist at once.
     """
 
     config: QwenConfig
     layout: Layout
     plan: Plan
     slots: int
+    piece: int
 
     def start(self, weights: dict, request: Request) -> State:
-        """Reads the prompts in one pass and samples the first token of every row."""
+        """Reads the prompts and samples the first token of every row."""
         B, T = request.tokens.shape
         real_BT = jnp.arange(T)[None, :] >= T - request.lengths[:, None]
         positions_BT = jnp.maximum(jnp.arange(T)[None, :] - (T - request.lengths[:, None]), 0)
-        # A cache of exactly the prompts' size, so that no query meets a slot that is sure to be empty.
-        cache = self._empty_cache(B, T)
-        layout = self.layout
-        tokens_BT = constrain(request.tokens, ("batch", "length"), layout)
-        hidden_BTD, cache = self._read(
-            weights, tokens_BT, positions_BT, real_BT.astype(jnp.int32), cache, request, layout
-        )
+        hidden_BD, cache = self._read_prompts(weights, request, positions_BT, real_BT.astype(jnp.int32))
         nothing_BM = jnp.zeros((B, self.slots), jnp.float32)
         state = State(
             step=jnp.int32(0),
@@ -106,7 +102,7 @@ class Engine:
             sampling_log_probs=nothing_BM,
             lengths=jnp.zeros(B, jnp.int32),
         )
-        return self._sample(state, hidden_BTD[:, -1], weights, request)
+        return self._sample(state, hidden_BD, weights, request)
 
     def advance(self, weights: dict, request: Request, state: State, until: jax.Array) -> State:
         """Goes on until every row has stopped or has `until` tokens."""
@@ -123,6 +119,29 @@ class Engine:
             return self._sample(state._replace(cache=cache), hidden_B1D[:, 0], weights, request)
 
         return jax.lax.while_loop(unfinished, step, state)
+
+    def _read_prompts(self, weights, request, positions_BT, segment_ids_BT):
+        """Returns the last hidden state of every row, and the cache."""
+        B, T = request.tokens.shape
+        size, layout = self._piece(T), self.layout
+
+        def read(i, state):
+            cut = lambda x_BT: jax.lax.dynamic_slice_in_dim(x_BT, i * size, size, axis=1)
+            tokens_BT = constrain(cut(request.tokens), ("batch", "length"), layout)
+            marks = cut(positions_BT), cut(segment_ids_BT)
+            hidden_BTD, cache = self._read(weights, tokens_BT, *marks, state[1], request, layout)
+            return hidden_BTD[:, -1], cache
+
+        # A cache of exactly the prompts' size, so that no query meets a slot that is sure to be empty.
+        state = jnp.zeros((B, self.config.hidden_size), jnp.dtype(self.config.dtype)), self._empty_cache(B, T)
+        return read(0, state) if size == T else jax.lax.fori_loop(0, T // size, read, state)
+
+    def _piece(self, T: int) -> int:
+        """T halved until it is at most `piece`; as far as that leaves even parts for the mesh."""
+        size, parts = T, self.layout.size("length")
+        while size > self.piece and size % (2 * parts) == 0:
+            size //= 2
+        return size
 
     def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, request, layout):
         decoder = Decoder(self.config, layout, fused=True)

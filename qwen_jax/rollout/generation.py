@@ -25,6 +25,8 @@ ONE_DEVICE = Layout()
 # `generate` gathers each weight at each token: slow, but it needs no more memory than training.
 DECODE_RULES = sharding.Rules(embed=())
 
+PIECE = 4096  # tokens of a prompt read at a time: enough rows for any matrix product
+
 UNROLLED_LAYERS = 8  # deeper models compile one layer and scan it: 48 layers then compile as fast as 6
 
 
@@ -104,6 +106,7 @@ def generate(
     first_row: int = 0,
     layout: Layout = ONE_DEVICE,
     unroll: bool | None = None,
+    piece: int = PIECE,
 ) -> Completions:
     """Answers every prompt: one program reads them all, then samples token by token until all rows have stopped.
 
@@ -128,6 +131,7 @@ def generate(
       layout: mesh and rules; DECODE_RULES suit decoding. In a multi-host run all processes pass the same prompts.
       unroll: compile every layer of its own: steps about a tenth faster on a CPU, compile time that grows with depth.
         None does so up to UNROLLED_LAYERS layers.
+      piece: tokens of a prompt that are read at a time, about; fewer need less memory.
 
     Returns:
       Completions, whole on every device.
@@ -138,7 +142,7 @@ def generate(
     engine, weights, request = _begin(
         config, params, prompts, key,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=first_row,
-        layout=layout, unroll=unroll, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        layout=layout, unroll=unroll, piece=piece, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
     )  # fmt: skip
     N, M = len(prompts), max_new_tokens
@@ -156,6 +160,7 @@ def stream(
     num_tokens: int | None = None,
     layout: Layout = ONE_DEVICE,
     unroll: bool | None = None,
+    piece: int = PIECE,
     **sampling: float,
 ) -> Iterator[int]:
     """Answers one prompt, token by token: those of `generate(config, params, [prompt], key, ...)`, as they come.
@@ -172,7 +177,7 @@ def stream(
     engine, weights, request = _begin(
         config, params, [prompt], key,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=0,
-        layout=layout, unroll=unroll, **sampling,
+        layout=layout, unroll=unroll, piece=piece, **sampling,
     )  # fmt: skip
 
     def tokens():
@@ -187,10 +192,14 @@ def stream(
     return tokens()
 
 
-def _begin(config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, **knobs):
+def _begin(
+    config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, piece, **knobs
+):
     """Checks a request and puts it on the devices. Returns the engine, its weights, and the request."""
     size = config.vocab_size if num_tokens is None else num_tokens
     lists = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
+    if not isinstance(piece, int) or piece < 1:
+        raise InputError(f"piece is {piece!r}; expected a whole number of at least 1")
     steps, knobs = plan(num_tokens=size, **knobs)
     if not isinstance(params, Prepared):
         params = prepare(config, params, layout=layout, unroll=unroll)
@@ -201,7 +210,7 @@ def _begin(config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens
     stops = np.full(inputs.bucket(len(stop_ids), 4), NO_TOKEN, np.int32)
     stops[: len(stop_ids)] = stop_ids
     request = Request(*padded, key, np.int32(first_row), stops, np.int32(max_new_tokens), knobs)
-    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST))
+    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST), piece)
     return engine, params.weights, request
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from qwen_jax import sharding
 from qwen_jax.errors import InputError
 from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 from qwen_jax.ops import attention as ops
 from qwen_jax.ops import blockwise, dual_chunk, rope_scaling
+from tests.conftest import MESHES
 from tests.ops.test_attention import arrays, assert_close, marks, with_gradients
 
 THETA = 100.0
@@ -191,6 +193,18 @@ def test_documents_shorter_than_a_chunk_cost_nothing_more_in_a_packed_row():
     positions = jnp.tile(jnp.arange(40), 8)[None]
     seen_by = blockwise.Marks(positions, positions, segments, segments)
     assert not block_pairs(seen_by, blockwise.Spec(1.0, True, 16, 16, 48))[1:].any()
+
+
+def test_on_a_tpu_auto_takes_the_kernel_for_plain_attention_only():
+    mesh = sharding.make_mesh(MESHES["fsdp8"])
+    inputs = *arrays(0, 8, 128, 128, 2, 1, 8)[:3], *marks(0, "ordinary", 8, 128, 128)
+
+    def program(chunks):
+        local = jax.shard_map(functools.partial(ours, chunks), mesh=mesh, in_specs=rows, out_specs=rows)
+        return str(jax.make_jaxpr(local)(*inputs))
+
+    rows = jax.sharding.PartitionSpec("fsdp")
+    assert "pallas_call" in program(DualChunk()) and "pallas_call" not in program(DualChunk(64, 16))
 
 
 def test_block_sizes_divide_the_stride_where_a_large_one_does():

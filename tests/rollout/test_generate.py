@@ -172,7 +172,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
     stop = list(rollout.stream(SMALL, PARAMS, PROMPTS[1], KEY, **STREAM))[2]
     request = generation._begin(
         SMALL, PARAMS, PROMPTS[1:2], KEY, stop_ids=[stop], num_tokens=None, first_row=0, layout=Layout(), unroll=True,
-        **STREAM,
+        piece=64, **STREAM,
     )  # fmt: skip
     state = generation._advance(*request, generation._start(*request), np.int32(NEW))
     assert int(state.step) <= 3 and bool(state.done.all())
@@ -197,7 +197,7 @@ def test_without_unrolling_the_program_does_not_grow_with_depth():
         config = tiny(num_hidden_layers=layers)
         engine, weights, request = generation._begin(
             config, models.init(config, KEY), PROMPTS, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None,
-            first_row=0, layout=Layout(), unroll=unroll, temperature=0,
+            first_row=0, layout=Layout(), unroll=unroll, piece=64, temperature=0,
         )  # fmt: skip
         return len(generation._run.lower(engine, weights, request).as_text().splitlines())
 
