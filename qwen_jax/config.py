@@ -45,6 +45,15 @@ class QwenConfig:
     dual_chunk: DualChunk = DualChunk()
     v1_lengths: V1Lengths = V1Lengths()
 
+    # Mixture of experts (Qwen1.5-MoE, Qwen2-57B, Qwen3-MoE); num_experts 0 is a dense model.
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # width of one expert; intermediate_size is that of layers without experts
+    shared_expert_intermediate_size: int = 0  # Qwen2-MoE: an expert of every token, with a sigmoid gate; 0 for none
+    norm_topk_prob: bool = False  # whether the gates of a token sum to 1
+    decoder_sparse_step: int = 1  # layers step - 1, 2 step - 1, ... have experts, the others an ordinary MLP
+    mlp_only_layers: tuple[int, ...] = ()  # and these have none either
+
     # How it is computed. None of these changes what the model is.
     dtype: str = "bfloat16"  # activations and matrix products
     param_dtype: str = "float32"  # parameters as stored
@@ -79,6 +88,30 @@ class QwenConfig:
         on = [name for name in REACH if getattr(self, name).on]
         if len(on) > 1:
             raise InputError(f"QwenConfig has {' and '.join(on)} on; each stretches positions by itself, expected one")
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))  # a list, where it is read from JSON
+        self._check_experts()
+
+    def _check_experts(self):
+        least = dict.fromkeys(("num_experts", "shared_expert_intermediate_size"), 0) | {"decoder_sparse_step": 1}
+        if self.num_experts:
+            least |= {"num_experts_per_tok": 1, "moe_intermediate_size": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+                raise InputError(f"QwenConfig.{name} is {value!r}; expected a whole number of at least {smallest}")
+        if self.num_experts_per_tok > self.num_experts > 0:
+            raise InputError(
+                f"QwenConfig.num_experts_per_tok is {self.num_experts_per_tok}, more than num_experts "
+                f"{self.num_experts}; a token goes to different experts"
+            )
+        unknown = [i for i in self.mlp_only_layers if i not in range(self.num_hidden_layers)]
+        if unknown:
+            raise InputError(f"QwenConfig.mlp_only_layers has {unknown}; there are {self.num_hidden_layers} layers")
+
+    def is_sparse(self, layer: int) -> bool:
+        """Tells whether a layer (from 0) has experts in the place of its MLP."""
+        on_step = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and on_step and layer not in self.mlp_only_layers
 
     def replace(self, **fields) -> "QwenConfig":
         """Returns a copy with these fields changed; a field that is a dataclass may be given as a dict, as JSON has it.
@@ -98,20 +131,26 @@ class QwenConfig:
 
         Returns:
           "total"; "non_embedding" (without the embedding and an untied head, as the reports count); "active" and
-          "active_non_embedding" (what one token passes through: the same for a dense model).
+          "active_non_embedding" (without the experts that a token does not go to: the same for a dense model).
         """
         D, H = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
         attention = D * q + 2 * D * kv + q * D
         attention += (q + 2 * kv) * self.qkv_bias + 2 * H * self.qk_norm
-        layer = attention + 3 * D * self.intermediate_size + 2 * D
-        non_embedding = self.num_hidden_layers * layer + D
+        sparse = sum(self.is_sparse(layer) for layer in range(self.num_hidden_layers))
+        shared = self.shared_expert_intermediate_size
+        expert = 3 * D * self.moe_intermediate_size
+        others = D * self.num_experts + (3 * D * shared + D) * bool(shared)  # router, shared expert and its gate
+        dense = (self.num_hidden_layers - sparse) * 3 * D * self.intermediate_size
+        non_embedding = self.num_hidden_layers * (attention + 2 * D) + dense + D
+        non_embedding += sparse * (others + self.num_experts * expert)
         total = non_embedding + self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        idle = sparse * (self.num_experts - self.num_experts_per_tok) * expert
         return {
             "total": total,
             "non_embedding": non_embedding,
-            "active": total,
-            "active_non_embedding": non_embedding,
+            "active": total - idle,
+            "active_non_embedding": non_embedding - idle,
         }
 
 
@@ -143,6 +182,14 @@ def _qwen3(hidden, layers, heads, intermediate, *, tied=False):
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
         intermediate_size=intermediate, tie_word_embeddings=tied, qkv_bias=False, qk_norm=True,
         max_position_embeddings=40_960,
+    )  # fmt: skip
+
+
+def _experts(config: QwenConfig, count: int, chosen: int, width: int, *, shared: int = 0, **fields) -> QwenConfig:
+    """The shape with experts in every layer. Qwen3's gates sum to 1; Qwen2's do not, and it has a shared expert."""
+    return config.replace(
+        num_experts=count, num_experts_per_tok=chosen, moe_intermediate_size=width,
+        shared_expert_intermediate_size=shared, norm_topk_prob=not shared, **fields,
     )  # fmt: skip
 
 
@@ -187,6 +234,10 @@ def _registry() -> dict[str, QwenConfig]:
         "qwen3-8b": _qwen3(4096, 36, 32, 12288),
         "qwen3-14b": _qwen3(5120, 40, 40, 17408),
         "qwen3-32b": _qwen3(5120, 64, 64, 25600),
+        "qwen1.5-moe-a2.7b": _experts(_qwen(2048, 24, 16, 5632), 60, 4, 1408, shared=5632),
+        "qwen2-57b-a14b": _experts(_qwen2(3584, 28, 28, 4, 18944, **long), 64, 8, 2560, shared=20480),
+        "qwen3-30b-a3b": _experts(_qwen3(2048, 48, 32, 6144), 128, 8, 768, num_key_value_heads=4),
+        "qwen3-235b-a22b": _experts(_qwen3(4096, 94, 64, 12288), 128, 8, 1536, num_key_value_heads=4),
     }
 
 

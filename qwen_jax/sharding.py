@@ -78,6 +78,7 @@ class Rules:
     head_dim: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()  # scales of the norms: small, and needed whole everywhere
     mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
     # Activations; heads, kv_heads, mlp and vocab serve both.
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     length: tuple[str, ...] = ("context",)

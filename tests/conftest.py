@@ -45,6 +45,19 @@ FAMILIES = {
 }
 
 
+EXPERTS = dict(tie_word_embeddings=False, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
+MOE_FAMILIES = {
+    "qwen2-moe": tiny(**EXPERTS, shared_expert_intermediate_size=24),
+    "qwen3-moe": tiny(**EXPERTS, qkv_bias=False, qk_norm=True, norm_topk_prob=True),
+    "qwen3-moe-some-dense": tiny(
+        **EXPERTS, qkv_bias=False, qk_norm=True, norm_topk_prob=True, num_hidden_layers=5, decoder_sparse_step=2
+    ),  # dense, experts, dense, experts, dense: a scanned pattern and a layer
+    "qwen2-moe-first-dense": tiny(
+        **EXPERTS, shared_expert_intermediate_size=24, num_hidden_layers=3, mlp_only_layers=(0,)
+    ),
+}
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """A tiny config of each family in turn."""

@@ -33,6 +33,18 @@ PUBLISHED = {
     "qwen3-8b": (8_190_735_360, 6_946_075_648),
     "qwen3-14b": (14_768_307_200, 13_212_482_560),
     "qwen3-32b": (32_762_123_264, 31_206_298_624),
+    "qwen1.5-moe-a2.7b": (14_315_784_192, 13_693_454_336),
+    "qwen2-57b-a14b": (57_408_658_944, 56_319_581_696),
+    "qwen3-30b-a3b": (30_532_122_624, 29_909_792_768),
+    "qwen3-235b-a22b": (235_093_634_560, 233_848_974_848),
+}
+
+# Of the models with experts, what one token passes through: with all embeddings, and without.
+ACTIVE = {
+    "qwen1.5-moe-a2.7b": (2_689_173_504, 2_066_843_648),
+    "qwen2-57b-a14b": (14_249_270_784, 13_160_193_536),
+    "qwen3-30b-a3b": (3_353_032_704, 2_730_702_848),
+    "qwen3-235b-a22b": (22_190_763_520, 20_946_103_808),
 }
 
 SAME_SHAPE = {f"qwen1.5-{size}": f"qwen-{size}" for size in ("1.8b", "7b", "14b", "72b")}
@@ -45,7 +57,8 @@ def test_counts_are_those_of_the_parameters_and_of_the_model_card(name):
     counts = config.get(name).param_counts()
     assert counts["total"] == sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract(config.get(name))))
     assert (counts["total"], counts["non_embedding"]) == PUBLISHED[SAME_SHAPE.get(name, name)]
-    assert counts["active"] == counts["total"]
+    active = ACTIVE.get(name, (counts["total"], counts["non_embedding"]))
+    assert (counts["active"], counts["active_non_embedding"]) == active
 
 
 def test_what_differs_between_models_of_one_shape():
@@ -117,3 +130,14 @@ def test_a_scale_that_is_not_above_zero_is_refused_by_name(field, value):
     with pytest.raises(InputError) as caught:
         config.get("qwen2-0.5b").replace(**{field: value})
     assert str(caught.value) == f"QwenConfig.{field} is {value!r}; expected a finite number above 0"
+
+
+@pytest.mark.parametrize("field, value, says", [
+    ("num_experts_per_tok", 129, "num_experts_per_tok is 129, more than num_experts 128"),
+    ("num_experts_per_tok", 0, "num_experts_per_tok is 0; expected a whole number of at least 1"),
+    ("moe_intermediate_size", 0, "moe_intermediate_size is 0"), ("num_experts", -1, "num_experts is -1"),
+    ("decoder_sparse_step", 0, "decoder_sparse_step is 0"), ("mlp_only_layers", (3, 48), r"mlp_only_layers has \[48\]"),
+], ids=str)  # fmt: skip
+def test_experts_that_cannot_be_are_refused_by_name(field, value, says):
+    with pytest.raises(InputError, match=says):
+        config.get("qwen3-30b-a3b").replace(**{field: value})

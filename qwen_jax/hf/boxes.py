@@ -1,4 +1,4 @@
-"""One layer's part of a parameter, cut out of a file tensor and turned to our axes, and back.
+"""One layer's (and expert's) part of a parameter, cut out of a file tensor and turned to our axes, and back.
 
 A device needs a box of a parameter: a range of each of our axes. `cut` says which rows and columns of the file hold it.
 """
@@ -33,7 +33,7 @@ def cut(entry: Entry, sizes: dict[str, int], box: tuple[range, ...]) -> Cut:
     Args:
       entry: the parameter's row in the table.
       sizes: of each letter.
-      box: the wanted range of each of our axes, without L.
+      box: the wanted range of each of our axes, without the leading ones.
     """
     wanted = dict(zip(entry.ours, box, strict=True))
     if entry.part is not None:

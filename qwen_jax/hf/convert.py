@@ -44,9 +44,9 @@ def convert(
     sizes = layouts.sizes(source.config)
     origin = {entry.path: entry for entry, _ in source.rows}
 
-    def fetch(entry: Entry, layer: int) -> np.ndarray:
+    def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
         whole = tuple(range(sizes[letter]) for letter in entry.ours)
-        return source.read(origin[entry.path], layer, whole).astype(kind)
+        return source.read(origin[entry.path], place, whole).astype(kind)
 
     saving.write(
         dst,

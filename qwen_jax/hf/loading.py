@@ -1,5 +1,6 @@
 """Published weights to a parameter tree, each device's part read straight from the mapped files."""
 
+import itertools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ COMPARED_BYTES = 1 << 26  # how much of a duplicate head is in memory at once
 def load(
     path: str | os.PathLike, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[QwenConfig, dict]:
-    """Reads a checkpoint folder of Qwen v1, Qwen1.5, Qwen2, Qwen2.5 or Qwen3: config.json and safetensors.
+    """Reads a checkpoint folder of any Qwen from v1 to Qwen3, experts or none: config.json and safetensors.
 
     Each process reads only what its own devices hold. Beyond what it puts on them, a host holds one device's part of
     one parameter and one tensor's part of that. Nothing in the folder is unpickled or run.
@@ -76,7 +77,7 @@ class Source:
             raise InputError(f"dtype is {dtype!r}; expected None (keep the files') or {', '.join(configs.DTYPES)}")
         config, model_type = settings.read(self.folder)
         self._sizes, self._tensors = layouts.sizes(config), files.scan(self.folder)
-        self.rows = layouts.table(model_type, models.abstract(config))
+        self.rows = layouts.table(model_type, config, models.abstract(config))
         expected = {name: entry.file_shape(config) for entry, _ in self.rows for name in entry.names(config)}
         head, embedding = (layouts.row(model_type, path) for path in ("head", "embedding"))
         twin = {}  # a tied checkpoint may hold the head once more
@@ -87,19 +88,19 @@ class Source:
         for name in twin:
             self._refuse_unequal(name, embedding.name)
 
-    def read(self, entry: Entry, layer: int, box: tuple[range, ...]) -> np.ndarray:
-        """Reads one layer's part of a parameter.
+    def read(self, entry: Entry, place: tuple[int, ...], box: tuple[range, ...]) -> np.ndarray:
+        """Reads one layer's (and expert's) part of a parameter.
 
         Args:
           entry: the parameter's row.
-          layer: which one; 0 for what is not stacked.
-          box: range of each of our axes, without L.
+          place: index of the row's leading axes.
+          box: range of each of our other axes.
 
         Returns:
           An array of the box's shape in the file's dtype.
         """
         found = boxes.cut(entry, self._sizes, box)
-        return boxes.to_ours(entry, found, self._tensors[entry.name.format(layer)].read(found.slices))
+        return boxes.to_ours(entry, found, self._tensors[entry.tensor(place)].read(found.slices))
 
     def _refuse_unequal(self, name: str, other: str) -> None:
         head, embedding = self._tensors[name], self._tensors[other]
@@ -142,13 +143,12 @@ def _place(source: Source, entry: Entry, struct: jax.ShapeDtypeStruct, split: ja
 
 
 def _assemble(source: Source, entry: Entry, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads a box of a parameter, layer by layer where it is stacked, in its final dtype."""
+    """Reads a box of a parameter, tensor by tensor where it is stacked, in its final dtype."""
     out = _aligned([len(part) for part in box], dtype)
-    if entry.stacked:
-        for place, layer in enumerate(box[0]):
-            out[place] = source.read(entry, layer, box[1:])
-    else:
-        out[...] = source.read(entry, 0, box)
+    leading, rest = box[: entry.leading], box[entry.leading :]
+    for place in itertools.product(*leading):
+        here = tuple(index - part.start for index, part in zip(place, leading, strict=True))
+        out[here] = source.read(entry, place, rest)
     return out
 
 

@@ -33,13 +33,13 @@ class Item(NamedTuple):
 
     name: str
     entry: Entry
-    layer: int
+    place: tuple[int, ...]
     shape: tuple[int, ...]
     bytes: int
 
 
 def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes config.json and safetensors, in the qwen2 or qwen3 layout.
+    """Writes config.json and safetensors, in the qwen2 or qwen3 layout, or theirs with experts.
 
     The folder appears whole or not at all. A checkpoint that is there already is replaced in the last step; until then
     nothing of it is touched. Its files of other kinds (tokenizer, generation settings) are kept. The host holds one
@@ -58,8 +58,8 @@ def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_byt
     dtype = _dtype(config, params)
     leaves = layouts.flat(params)
 
-    def fetch(entry: Entry, layer: int) -> np.ndarray:
-        return _on_host(leaves[entry.path][layer] if entry.stacked else leaves[entry.path])
+    def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
+        return _on_host(leaves[entry.path][place] if place else leaves[entry.path])
 
     write(pathlib.Path(path), config, dtype, fetch, shard_bytes, primary=jax.process_index() == 0)
     if jax.process_count() > 1:
@@ -70,7 +70,7 @@ def write(
     target: pathlib.Path,
     config: QwenConfig,
     dtype: str,
-    fetch: Callable[[Entry, int], np.ndarray],
+    fetch: Callable[[Entry, tuple[int, ...]], np.ndarray],
     shard_bytes: int,
     *,
     fields: dict | None = None,
@@ -83,7 +83,7 @@ def write(
       target: the folder.
       config: the model.
       dtype: of what is written.
-      fetch: (row, layer) -> that parameter in our axes, without L, in that dtype.
+      fetch: (row, place of its leading axes) -> that part of the parameter in our other axes, in that dtype.
       shard_bytes: as in `save`.
       fields: config.json, with the model_type of a layout in `layouts.TABLES`; made from `config` if None.
       companions: files to copy beside the weights.
@@ -98,7 +98,7 @@ def write(
     shards = _shards(_items(config, fields["model_type"], dtype), shard_bytes)
     if not primary:
         for item in (item for shard in shards for item in shard):
-            fetch(item.entry, item.layer)
+            fetch(item.entry, item.place)
         return
     target = target.resolve()
     _refuse_target(target)
@@ -131,10 +131,10 @@ def _dtype(config: QwenConfig, params: dict) -> str:
 def _items(config: QwenConfig, model_type: str, dtype: str) -> list[Item]:
     width = jax.numpy.dtype(dtype).itemsize
     return [
-        Item(name, entry, layer, shape, width * math.prod(shape))
-        for entry, _ in layouts.table(model_type, models.abstract(config))
+        Item(entry.tensor(place), entry, place, shape, width * math.prod(shape))
+        for entry, _ in layouts.table(model_type, config, models.abstract(config))
         for shape in [entry.file_shape(config)]
-        for layer, name in enumerate(entry.names(config))
+        for place in entry.places(config)
     ]
 
 
@@ -177,7 +177,7 @@ def _stream(shard: list[Item], dtype: str, fetch) -> Iterator[bytes | memoryview
     yield struct.pack("<Q", len(text))
     yield text
     for item in shard:
-        yield boxes.to_file(item.entry, item.shape, fetch(item.entry, item.layer)).reshape(-1).view(np.uint8).data
+        yield boxes.to_file(item.entry, item.shape, fetch(item.entry, item.place)).reshape(-1).view(np.uint8).data
 
 
 def _json(value: dict) -> bytes:

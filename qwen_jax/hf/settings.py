@@ -18,6 +18,8 @@ WHOLE = (
     "max_position_embeddings",
 )  # fmt: skip
 
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
 
 class Fields:
     """The fields of one config.json; a field that is not there is told by its name."""
@@ -87,8 +89,10 @@ def read(folder: pathlib.Path) -> tuple[QwenConfig, str]:
 
 def _refuse_unsupported(fields: Fields, model_type: str) -> None:
     expected = {"use_sliding_window": False, "hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
-    if model_type == "qwen3":
+    if model_type.startswith("qwen3"):
         expected["attention_bias"] = False  # a bias on o as well, which no published Qwen has
+    if model_type == "qwen2_moe":
+        expected["qkv_bias"] = True
     if model_type == "qwen":
         expected |= {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
     for name, value in expected.items():
@@ -103,18 +107,30 @@ def _refuse_unsupported(fields: Fields, model_type: str) -> None:
 
 def _qwen2_or_3(fields: Fields, model_type: str) -> dict:
     shape = fields.shape()
-    if model_type == "qwen3" or fields.get("head_dim"):
+    if model_type.startswith("qwen3") or fields.get("head_dim"):
         shape["head_dim"] = fields.whole("head_dim")
     else:
         shape["head_dim"] = _divided(fields, "hidden_size", shape["num_attention_heads"])
     return shape | {
         "num_key_value_heads": fields.whole("num_key_value_heads"),
         "rms_norm_eps": fields.number("rms_norm_eps"),
-        "qkv_bias": model_type == "qwen2",
-        "qk_norm": model_type == "qwen3",
+        "qkv_bias": model_type.startswith("qwen2"),
+        "qk_norm": model_type.startswith("qwen3"),
         "v1_lengths": reach.v1_lengths(fields),
         **reach.rope(fields, shape["max_position_embeddings"]),
         **reach.dual_chunk(fields),
+        **(_experts(fields, model_type) if model_type.endswith("_moe") else {}),
+    }
+
+
+def _experts(fields: Fields, model_type: str) -> dict:
+    names = (*EXPERTS, *(["shared_expert_intermediate_size"] if model_type == "qwen2_moe" else []))
+    if fields.get("num_local_experts") is not None:  # as transformers 5 spells it
+        fields.values.setdefault("num_experts", fields.whole("num_local_experts"))
+    return {name: fields.whole(name) for name in names} | {
+        "norm_topk_prob": fields.need("norm_topk_prob", bool),
+        "decoder_sparse_step": fields.whole("decoder_sparse_step"),
+        "mlp_only_layers": tuple(fields.get("mlp_only_layers", ())),
     }
 
 
@@ -156,9 +172,10 @@ def write(config: QwenConfig, dtype: str) -> dict:
             "qwen2 has the bias only, qwen3 the norm only"
         )
     kind = "Qwen3" if config.qk_norm else "Qwen2"
+    moe = _written_experts(config, kind) if config.num_experts else {}
     return {
-        "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
+        "architectures": [f"{kind}{'Moe' * bool(moe)}ForCausalLM"],
+        "model_type": kind.lower() + "_moe" * bool(moe),
         **{name: getattr(config, name) for name in WHOLE},
         "tie_word_embeddings": config.tie_word_embeddings,
         "num_key_value_heads": config.num_key_value_heads,
@@ -173,4 +190,20 @@ def write(config: QwenConfig, dtype: str) -> dict:
         "use_sliding_window": False,
         "use_cache": True,
         "torch_dtype": dtype,
+        **moe,
+    }
+
+
+def _written_experts(config: QwenConfig, kind: str) -> dict:
+    shared = config.shared_expert_intermediate_size
+    if (kind == "Qwen2") != bool(shared):
+        raise InputError(
+            f"shared_expert_intermediate_size {shared} with qk_norm {config.qk_norm} is no published layout; "
+            "qwen2_moe has a shared expert, qwen3_moe has none"
+        )
+    return {name: getattr(config, name) for name in (*EXPERTS, "norm_topk_prob", "decoder_sparse_step")} | {
+        **({"shared_expert_intermediate_size": shared, "qkv_bias": True} if shared else {}),
+        "mlp_only_layers": list(config.mlp_only_layers),
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
     }

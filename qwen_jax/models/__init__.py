@@ -1,7 +1,16 @@
 """Qwen models: Flax modules that own parameters, and the functions that users call."""
 
 from qwen_jax.models.decoder import Decoder, KVCache, head
-from qwen_jax.models.functional import abstract, axes, forward, hidden_states, init, log_probs, sequence_log_probs
+from qwen_jax.models.functional import (
+    abstract,
+    axes,
+    forward,
+    hidden_states,
+    init,
+    log_probs,
+    log_probs_and_routing,
+    sequence_log_probs,
+)
 from qwen_jax.models.fused import fuse, fused_axes
 
 __all__ = [
@@ -16,5 +25,6 @@ __all__ = [
     "hidden_states",
     "init",
     "log_probs",
+    "log_probs_and_routing",
     "sequence_log_probs",
 ]

@@ -14,8 +14,11 @@ from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.models.attend import attend
 from qwen_jax.models.layers import Linear, RMSNorm, declare
+from qwen_jax.models.mlp import MLP, MoE
+from qwen_jax.models.stacks import Stack, stacks
 from qwen_jax.ops import segments
 from qwen_jax.ops.rope_scaling import Rotation, rotation
+from qwen_jax.ops.routing import Routing
 from qwen_jax.sharding import Layout, constrain
 
 ONE_DEVICE = Layout()
@@ -105,31 +108,12 @@ class Attention(nn.Module):
         return q_BTNH, qkv_BTKJH[..., G, :], qkv_BTKJH[..., G + 1, :]
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
-
-    config: QwenConfig
-    layout: Layout
-    fused: bool
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, D, F = self.config, self.config.hidden_size, self.config.intermediate_size
-        if self.fused:
-            both_BTJF = Linear("BTD,DJF->BTJF", (D, 2, F), ("embed", None, "mlp"), c, name="gate_up")(x_BTD)
-            gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
-        else:
-            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD)
-            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD)
-        h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"), self.layout)
-        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF)
-
-
 class Block(nn.Module):
-    """One layer: h += attention(norm(h)); h += mlp(norm(h))."""
+    """One layer: h += attention(norm(h)); h += mlp(norm(h)), or experts in the place of the mlp."""
 
     config: QwenConfig
     layout: Layout
+    sparse: bool
     fused: bool = False
 
     @nn.compact
@@ -138,9 +122,31 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(c.hidden_size, c, name="attention_norm")(h_BTD)
         out_BTD, cache = Attention(c, self.layout, self.fused, name="attention")(normed_BTD, where, cache)
         h_BTD = constrain(h_BTD + out_BTD, axes, self.layout)
-        normed_BTD = RMSNorm(c.hidden_size, c, name="mlp_norm")(h_BTD)
-        h_BTD = constrain(h_BTD + MLP(c, self.layout, self.fused, name="mlp")(normed_BTD), axes, self.layout)
-        return h_BTD, cache
+        normed_BTD, routing = RMSNorm(c.hidden_size, c, name="mlp_norm")(h_BTD), None
+        if self.sparse:
+            out_BTD, routing = MoE(c, self.layout, self.fused, name="moe")(normed_BTD, where.segment_ids_BT)
+        else:
+            out_BTD = MLP(c, self.layout, self.fused, c.intermediate_size, name="mlp")(normed_BTD)
+        return constrain(h_BTD + out_BTD, axes, self.layout), (cache, routing)
+
+
+class Pattern(nn.Module):
+    """Layers of different kinds that follow each other, as one step of a scan; arrays of each are stacked."""
+
+    config: QwenConfig
+    layout: Layout
+    sparse: tuple[bool, ...]
+    fused: bool
+
+    @nn.compact
+    def __call__(self, h_BTD: jax.Array, cache, where: Where):
+        made = []
+        for place, sparse in enumerate(self.sparse):
+            own = jax.tree.map(lambda x, place=place: x[place], cache)
+            block = _block(self.config)(self.config, self.layout, sparse, self.fused, name=f"block_{place}")
+            h_BTD, of_layer = block(h_BTD, own, where)
+            made.append(of_layer)
+        return h_BTD, tuple(_over_layers(jnp.stack, each) for each in zip(*made, strict=True))
 
 
 class Decoder(nn.Module):
@@ -168,7 +174,7 @@ class Decoder(nn.Module):
         segment_ids_BT: jax.Array,
         cache: KVCache | None = None,
         prompt_lengths_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Routing | None]:
         """Runs the stack.
 
         Args:
@@ -180,7 +186,8 @@ class Decoder(nn.Module):
             every document as whole in this call.
 
         Returns:
-          hidden_BTD after the final norm, in config.dtype; the cache with the new tokens (None without one).
+          hidden_BTD after the final norm, in config.dtype; the cache with the new tokens (None without one); what the
+          routers did, arrays [layers with experts, B, ...] (None if there are none).
 
         Raises:
           InputError: where the cache has no room for the tokens.
@@ -210,23 +217,31 @@ class Decoder(nn.Module):
         table_VD = constrain(embedding_VD.astype(jnp.dtype(c.dtype)), ("vocab_in", "act_embed"), self.layout)
         h_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "act_embed"), self.layout)
         layers_cache = None if cache is None else (cache.k, cache.v)
-        if self.fused and not c.scan_layers:
-            h_BTD, layers_cache = self._layers_apart(h_BTD, layers_cache, where)
-        else:
-            stack = _stack(c)(c, self.layout, self.fused, name="layers")
-            h_BTD, layers_cache = stack(h_BTD, layers_cache, where)
+        run = self._layers_apart if self.fused and not c.scan_layers else self._layers_stacked
+        h_BTD, layers_cache, routing = run(h_BTD, layers_cache, where)
         if cache is not None:
             index = cache.index + tokens_BT.shape[1]
             cache = KVCache(*layers_cache, where.kv_positions_BS, where.kv_segment_ids_BS, index)
-        return RMSNorm(c.hidden_size, c, name="final_norm")(h_BTD), cache
+        return RMSNorm(c.hidden_size, c, name="final_norm")(h_BTD), cache, routing
+
+    def _layers_stacked(self, h_BTD, cache, where):
+        c, made = self.config, []
+        for stack in stacks(c):
+            own = stack.cut(cache)
+            h_BTD, of_stack = _scanned(c, stack, self.layout, self.fused)(h_BTD, own, where)
+            made.append(stack.joined(of_stack))
+        return h_BTD, *(_over_layers(jnp.concatenate, each) for each in zip(*made, strict=True))
 
     def _layers_apart(self, h_BTD, cache, where):
-        caches = []
+        made = []
         for i in range(self.config.num_hidden_layers):
             of_layer = None if cache is None else (cache[0][i], cache[1][i])
-            h_BTD, of_layer = Block(self.config, self.layout, True, name=f"layer_{i}")(h_BTD, of_layer, where)
-            caches.append(of_layer)
-        return h_BTD, None if cache is None else tuple(zip(*caches, strict=True))
+            block = Block(self.config, self.layout, self.config.is_sparse(i), True, name=f"layer_{i}")
+            h_BTD, of_layer = block(h_BTD, of_layer, where)
+            made.append(of_layer)
+        caches, routings = zip(*made, strict=True)
+        cache = None if cache is None else tuple(zip(*caches, strict=True))
+        return h_BTD, cache, _over_layers(jnp.stack, routings)
 
 
 def head(config: QwenConfig, params, layout: Layout = ONE_DEVICE) -> jax.Array:
@@ -256,17 +271,28 @@ def _write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) ->
     return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis)
 
 
-def _stack(config: QwenConfig):
-    """All layers as one scanned module: parameters and cache carry a leading [num_hidden_layers] axis."""
-    block = Block
-    if config.remat != "none":
-        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-    return nn.scan(
-        block,
+def _over_layers(join, trees):
+    """Joins arrays of layers, passing over those that have none (layers without experts); None where all have none."""
+    trees = [tree for tree in trees if tree is not None]
+    return jax.tree.map(lambda *x: join(x), *trees) if trees else None
+
+
+def _block(config: QwenConfig):
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+
+
+def _scanned(config: QwenConfig, stack: Stack, layout: Layout, fused: bool):
+    """The layers of a stack as one module: parameters and cache carry a leading axis, the repeats of its pattern."""
+    alone = len(stack.sparse) == 1
+    scanned = nn.scan(
+        _block(config) if alone else Pattern,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
-        length=config.num_hidden_layers,
-        unroll=1 if config.scan_layers else config.num_hidden_layers,
+        length=stack.repeats,
+        unroll=1 if config.scan_layers else stack.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+    return scanned(config, layout, stack.sparse[0] if alone else stack.sparse, fused, name=stack.name)

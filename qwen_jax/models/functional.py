@@ -18,6 +18,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head
 from qwen_jax.ops import segments
 from qwen_jax.ops.cross_entropy import token_log_probs
+from qwen_jax.ops.routing import Routing
 from qwen_jax.sharding import Layout
 
 _compiled = functools.partial(jax.jit, static_argnames=("config", "layout"))
@@ -54,7 +55,6 @@ def _boxed(config: QwenConfig, key: jax.Array):
     return Decoder(config).init(key, token_11, token_11, token_11)["params"]
 
 
-@_compiled
 def hidden_states(
     config: QwenConfig,
     params: dict,
@@ -66,6 +66,14 @@ def hidden_states(
     layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Returns final hidden states [B, T, D] in config.dtype; arguments as in `forward`."""
+    return _run(config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, layout=layout)[0]
+
+
+@_compiled
+def _run(
+    config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, *, layout
+) -> tuple[jax.Array, Routing | None]:
+    """Returns final hidden states, and what the routers did: arrays [layers with experts, B, ...]."""
     limit = config.max_position_embeddings
     if positions_BT is None and segment_ids_BT is None and tokens_BT.shape[1] > limit:
         raise InputError(
@@ -75,8 +83,10 @@ def hidden_states(
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = segments.positions(segment_ids_BT)
-    decoder = Decoder(config, layout)
-    return decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, prompt_lengths_BT)[0]
+    hidden_BTD, _, routing = Decoder(config, layout).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, prompt_lengths_BT
+    )
+    return hidden_BTD, routing
 
 
 @_compiled
@@ -118,7 +128,6 @@ def forward(
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "chunks"))
 def log_probs(
     config: QwenConfig,
     params: dict,
@@ -137,11 +146,35 @@ def log_probs(
       targets: [B, T] int32, each a valid id.
       chunks: pieces of the vocabulary; more hold less memory.
     """
-    hidden_BTD = hidden_states(
-        config, params, tokens,
-        positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths, layout=layout,
-    )  # fmt: skip
-    return token_log_probs(hidden_BTD, head(config, params, layout), targets, chunks=chunks, parts=layout.size("vocab"))
+    return log_probs_and_routing(
+        config, params, tokens, targets,
+        positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout, chunks=chunks,
+    )[0]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "chunks"))
+def log_probs_and_routing(
+    config: QwenConfig,
+    params: dict,
+    tokens: jax.Array,
+    targets: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+    chunks: int = 8,
+) -> tuple[jax.Array, Routing | None]:
+    """Returns what `log_probs` does, and what the routers did, for `objectives.balance`.
+
+    Args as in `log_probs`.
+
+    Returns:
+      log_probs_BT; `ops.routing.Routing` with arrays [layers with experts, B, ...], None of a dense model.
+    """
+    hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, layout=layout)
+    head_VD, parts = head(config, params, layout), layout.size("vocab")
+    return token_log_probs(hidden_BTD, head_VD, targets, chunks=chunks, parts=parts), routing
 
 
 @_compiled

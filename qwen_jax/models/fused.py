@@ -7,11 +7,14 @@ Shapes: L layers, D model width, N query heads, K kv heads, G = N/K query heads 
 V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.models.decoder import head
+from qwen_jax.models.stacks import stacks
 
 
 def fuse(config: QwenConfig, params: dict) -> dict:
@@ -24,25 +27,8 @@ def fuse(config: QwenConfig, params: dict) -> dict:
     Returns:
       "decoder": the decoder's tree, in config.dtype. "head": [D, V] in config.dtype.
     """
-    layers = params["layers"]
-    attention, mlp = layers["attention"], layers["mlp"]
-    fused = {
-        "attention_norm": layers["attention_norm"],
-        "attention": {
-            "qkv": _qkv(config, attention),
-            **{name: part for name, part in attention.items() if name not in ("q", "k", "v")},
-        },
-        "mlp_norm": layers["mlp_norm"],
-        "mlp": {
-            "gate_up": {"kernel": jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-2)},
-            "down": mlp["down"],
-        },
-    }
-    names = {"layers": fused}
-    if not config.scan_layers:
-        take = lambda i: jax.tree.map(lambda x: x[i], fused)
-        names = {f"layer_{i}": take(i) for i in range(config.num_hidden_layers)}
-    decoder = {"embedding": params["embedding"], **names, "final_norm": params["final_norm"]}
+    layers = _by_layer(config, params, functools.partial(_fused_layer, config), take=lambda x, i: x[i])
+    decoder = {"embedding": params["embedding"], **layers, "final_norm": params["final_norm"]}
     cast = lambda x: x.astype(jnp.dtype(config.dtype))
     return jax.tree.map(cast, {"decoder": decoder, "head": head(config, params).T})
 
@@ -54,23 +40,52 @@ def fused_axes(config: QwenConfig, axes: dict) -> dict:
       config: the model.
       axes: of the ordinary parameters, from `models.axes`.
     """
-    layers = axes["layers"]
-    attention = {name: part for name, part in layers["attention"].items() if name not in ("q", "k", "v")}
+    layers = _by_layer(config, axes, functools.partial(_fused_layer_axes, config), take=lambda names, _: names[1:])
+    return {
+        "decoder": {"embedding": axes["embedding"], **layers, "final_norm": axes["final_norm"]},
+        "head": ("embed", "vocab"),
+    }
+
+
+def _by_layer(config: QwenConfig, tree: dict, fuse_layer, take) -> dict:
+    """Applies `fuse_layer` to the layers of each stack; with config.scan_layers False takes them apart."""
+    apart, together = {}, {}
+    for stack in stacks(config):
+        for place, path in enumerate(stack.blocks()):
+            fused = fuse_layer(functools.reduce(dict.__getitem__, path, tree))
+            functools.reduce(lambda node, name: node.setdefault(name, {}), path, together).update(fused)
+            for i, layer in enumerate(stack.layers(place)):
+                cut = lambda leaf, i=i: take(leaf, i)
+                apart[f"layer_{layer}"] = jax.tree.map(cut, fused, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return together if config.scan_layers else apart
+
+
+def _fused_layer(config: QwenConfig, layer: dict) -> dict:
+    attention = {name: part for name, part in layer["attention"].items() if name not in ("q", "k", "v")}
+    fused = dict(layer, attention={"qkv": _qkv(config, layer["attention"]), **attention})
+    together = lambda mlp: {
+        "gate_up": {"kernel": jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-2)},
+        "down": mlp["down"],
+    }
+    return _each_mlp(fused, together)
+
+
+def _fused_layer_axes(config: QwenConfig, layer: dict) -> dict:
+    attention = {name: part for name, part in layer["attention"].items() if name not in ("q", "k", "v")}
     qkv = {"kernel": ("layers", "embed", "kv_heads", None, "head_dim")}
     if config.qkv_bias:
         qkv["bias"] = ("layers", "kv_heads", None, "head_dim")
-    fused = {
-        "attention_norm": layers["attention_norm"],
-        "attention": {"qkv": qkv, **attention},
-        "mlp_norm": layers["mlp_norm"],
-        "mlp": {"gate_up": {"kernel": ("layers", "embed", None, "mlp")}, "down": layers["mlp"]["down"]},
-    }
-    names = {"layers": fused}
-    if not config.scan_layers:
-        one = jax.tree.map(lambda names: names[1:], fused, is_leaf=lambda leaf: isinstance(leaf, tuple))
-        names = {f"layer_{i}": one for i in range(config.num_hidden_layers)}
-    decoder = {"embedding": axes["embedding"], **names, "final_norm": axes["final_norm"]}
-    return {"decoder": decoder, "head": ("embed", "vocab")}
+    fused = dict(layer, attention={"qkv": qkv, **attention})
+    return _each_mlp(fused, lambda mlp: {"gate_up": {"kernel": ("layers", "embed", None, "mlp")}, "down": mlp["down"]})
+
+
+def _each_mlp(layer: dict, change) -> dict:
+    """Changes the layer's MLP, or the shared expert; routed experts stay as they are, sorted rows read them in turn."""
+    if "mlp" in layer:
+        return dict(layer, mlp=change(layer["mlp"]))
+    if "shared" in layer["moe"]:
+        return dict(layer, moe=dict(layer["moe"], shared=change(layer["moe"]["shared"])))
+    return layer
 
 
 def _qkv(config: QwenConfig, attention: dict) -> dict:

@@ -146,7 +146,8 @@ class Engine:
     def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, request, layout):
         decoder = Decoder(self.config, layout, fused=True)
         lengths_BT = jnp.broadcast_to(request.lengths[:, None], tokens_BT.shape)
-        return decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache, lengths_BT)
+        read = decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache, lengths_BT)
+        return read[:2]
 
     def _sample(self, state: State, hidden_BD: jax.Array, weights: dict, request: Request) -> State:
         logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, weights["head"], preferred_element_type=jnp.float32)

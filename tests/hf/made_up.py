@@ -27,10 +27,11 @@ def tensors(config: QwenConfig, dtype=np.float32, seed=0) -> dict[str, np.ndarra
             layer + "self_attn.k_proj.weight": (kv, D),
             layer + "self_attn.v_proj.weight": (kv, D),
             layer + "self_attn.o_proj.weight": (D, q),
-            layer + "mlp.gate_proj.weight": (F, D),
-            layer + "mlp.up_proj.weight": (F, D),
-            layer + "mlp.down_proj.weight": (D, F),
         }
+        if config.is_sparse(i):
+            shapes |= experts(config, layer + "mlp.")
+        else:
+            shapes |= mlp(layer + "mlp.", D, F)
         if config.qkv_bias:
             shapes |= {layer + f"self_attn.{x}_proj.bias": (q if x == "q" else kv,) for x in "qkv"}
         if config.qk_norm:
@@ -38,15 +39,30 @@ def tensors(config: QwenConfig, dtype=np.float32, seed=0) -> dict[str, np.ndarra
     return {name: draw(0.02, 0.15, shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def mlp(name: str, D: int, F: int) -> dict[str, tuple[int, ...]]:
+    return {name + "gate_proj.weight": (F, D), name + "up_proj.weight": (F, D), name + "down_proj.weight": (D, F)}
+
+
+def experts(config: QwenConfig, name: str) -> dict[str, tuple[int, ...]]:
+    D = config.hidden_size
+    shapes = {name + "gate.weight": (config.num_experts, D)}
+    for e in range(config.num_experts):
+        shapes |= mlp(f"{name}experts.{e}.", D, config.moe_intermediate_size)
+    if config.shared_expert_intermediate_size:
+        shapes |= mlp(name + "shared_expert.", D, config.shared_expert_intermediate_size)
+        shapes[name + "shared_expert_gate.weight"] = (1, D)
+    return shapes
+
+
 def fields(config: QwenConfig, **changes) -> dict:
     """The config.json of a model, as published ones are spelled; None takes a field out."""
-    kind = "qwen3" if config.qk_norm else "qwen2"
+    kind, moe = "qwen3" if config.qk_norm else "qwen2", config.num_experts > 0
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta",
             "tie_word_embeddings")  # fmt: skip
     values = {name: getattr(config, name) for name in same} | {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}{'Moe' if moe else ''}ForCausalLM"],
+        "model_type": f"{kind}_moe" if moe else kind,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
@@ -59,7 +75,13 @@ def fields(config: QwenConfig, **changes) -> dict:
     }
     if config.qk_norm:
         values |= {"head_dim": config.head_dim, "attention_bias": False, "rope_scaling": None}
-    elif config.head_dim * config.num_attention_heads != config.hidden_size:
+    if moe:
+        same = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
+        values |= {name: getattr(config, name) for name in same}
+        values["mlp_only_layers"] = list(config.mlp_only_layers)
+        if kind == "qwen2":
+            values["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size
+    if not config.qk_norm and config.head_dim * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
     return {name: value for name, value in {**values, **changes}.items() if value is not None}
 

@@ -1,8 +1,11 @@
 """The decoder written again from the papers, in plain numpy, one document and one head at a time."""
 
+import functools
 import math
 
 import numpy as np
+
+from qwen_jax.models.stacks import stacks
 
 
 def rms_norm(x, scale, eps):
@@ -80,20 +83,51 @@ def attention(config, params, x_TD, positions, prompt):
     return sum(heads)
 
 
+def mlp(x, gate, up, down):
+    gate = x @ gate
+    return (gate / (1 + np.exp(-gate)) * (x @ up)) @ down
+
+
+def experts(config, params, x_TD):
+    """Token by token; the gate and the shared expert as in transformers' qwen2_moe."""
+    out = np.zeros_like(x_TD)
+    for t, x in enumerate(x_TD):
+        probs = softmax(x @ params["router"])
+        best = np.argsort(-probs)[: config.num_experts_per_tok]
+        total = probs[best].sum() if config.norm_topk_prob else 1.0
+        for e in best:
+            out[t] += probs[e] / total * mlp(x, *(params[name][e] for name in ("gate", "up", "down")))
+        if config.shared_expert_intermediate_size:
+            shared = mlp(x, *(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+            out[t] += shared / (1 + np.exp(-(x @ params["shared_gate"]["kernel"])))
+    return out
+
+
+def layer_params(config, params, i):
+    """The parameters of one layer, wherever its stack is."""
+    take = lambda tree, place: {k: take(v, place) if isinstance(v, dict) else v[place] for k, v in tree.items()}
+    for stack in stacks(config):
+        for place, path in enumerate(stack.blocks()):
+            if i in stack.layers(place):
+                block = functools.reduce(dict.__getitem__, path, params)
+                return take(block, stack.layers(place).index(i))
+
+
 def logits(config, params, tokens_T, prompt=None):
     """Returns [T, V] float64 logits of one document, of which the first `prompt` tokens were read at once, or all."""
     prompt = len(tokens_T) if prompt is None else prompt
     cast = lambda tree: {k: cast(v) if isinstance(v, dict) else np.asarray(v, np.float64) for k, v in tree.items()}
     params, positions = cast(params), np.arange(len(tokens_T))
-    layer = lambda tree, i: {k: layer(v, i) if isinstance(v, dict) else v[i] for k, v in tree.items()}
     h = params["embedding"][tokens_T]
     for i in range(config.num_hidden_layers):
-        p = layer(params["layers"], i)
+        p = layer_params(config, params, i)
         h = h + attention(
             config, p["attention"], rms_norm(h, p["attention_norm"]["scale"], config.rms_norm_eps), positions, prompt
         )
         x = rms_norm(h, p["mlp_norm"]["scale"], config.rms_norm_eps)
-        gate = x @ p["mlp"]["gate"]["kernel"]
-        h = h + (gate / (1 + np.exp(-gate)) * (x @ p["mlp"]["up"]["kernel"])) @ p["mlp"]["down"]["kernel"]
+        if config.is_sparse(i):
+            h = h + experts(config, p["moe"], x)
+        else:
+            h = h + mlp(x, *(p["mlp"][name]["kernel"] for name in ("gate", "up", "down")))
     h = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
     return h @ (params["embedding"] if config.tie_word_embeddings else params["head"]).T

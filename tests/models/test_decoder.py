@@ -87,7 +87,7 @@ def test_cached_decoding_equals_the_full_forward(family, how):
     for stop in (5, 6, 8):  # a prompt, one token, two tokens
         position = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
         piece = ids[:, start:stop]
-        out, cache = apply({"params": params}, piece, position, jnp.ones_like(piece), cache)
+        out, cache, _ = apply({"params": params}, piece, position, jnp.ones_like(piece), cache)
         hidden.append(out)
         start = stop
     np.testing.assert_allclose(jnp.concatenate(hidden, axis=1), expected, atol=1e-5)

@@ -21,7 +21,17 @@ SHAPES = {
     ),
     "qwen3": dict(hidden_size=48, head_dim=16, rms_norm_eps=1e-5),
     "qwen3-tied-14-heads": dict(hidden_size=36, num_attention_heads=14, head_dim=6, tie_word_embeddings=True),
-}
+    "qwen2_moe": dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=28
+    ),
+    "qwen3_moe": dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True, head_dim=16
+    ),
+    "qwen3_moe-some-dense": dict(
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, norm_topk_prob=True,
+        num_hidden_layers=5, decoder_sparse_step=2, mlp_only_layers=[3],
+    ),
+}  # fmt: skip
 
 
 def make(name: str, seed: int = 0):
@@ -32,7 +42,7 @@ def make(name: str, seed: int = 0):
         "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
         "rope_parameters": rope,
     } | {key: value for key, value in SHAPES[name].items() if key not in ("rope", "rope_theta")}  # fmt: skip
-    kind = "Qwen3" if name.startswith("qwen3") else "Qwen2"
+    kind = name.split("-")[0].title().replace("_", "")
     config = getattr(transformers, f"{kind}Config")(**fields)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     draw = np.random.default_rng(seed)
@@ -67,4 +77,17 @@ def loss_and_gradients(model, tokens: np.ndarray, segments: np.ndarray) -> tuple
     mask = torch.from_numpy(scored(segments))
     loss = -log_p.gather(-1, targets)[..., 0][mask].mean()
     loss.backward()
-    return float(loss.detach()), {name: p.grad.float().numpy() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
+    return float(loss.detach()), dict(part for name, x in gradients.items() for part in _published(name, x))
+
+
+def _published(name: str, x: np.ndarray):
+    """Yields the tensors of a checkpoint; in memory transformers keeps all experts of a layer in two arrays."""
+    layer, fused, kind = name.rpartition(".experts.")
+    if not fused:
+        yield name, x
+        return
+    for expert, of_expert in enumerate(x):
+        parts = np.split(of_expert, 2) if kind == "gate_up_proj" else [of_expert]
+        for part, projection in zip(parts, kind.removesuffix("_proj").split("_"), strict=True):
+            yield f"{layer}.experts.{expert}.{projection}_proj.weight", part

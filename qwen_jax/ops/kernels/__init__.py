@@ -1,1 +1,1 @@
-"""Kernels written for one kind of accelerator, behind the contract of ops.attention."""
+"""Kernels for one kind of accelerator, behind the contracts of ops.attention and ops.experts."""

@@ -16,7 +16,7 @@ from tests.parity import reference
 from tests.parity.batches import KINDS, batch
 
 HERE = pathlib.Path(__file__).parent
-NAMES = ("qwen2-tied", "qwen2-14-heads", "qwen3", "qwen3-tied-14-heads")
+NAMES = ("qwen2-tied", "qwen2-14-heads", "qwen3", "qwen3-tied-14-heads", "qwen2_moe", "qwen3_moe-some-dense")
 
 
 def main() -> None:
