@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def answer_lines(model: Model, lines: TextIO, out: TextIO) -> None:
     """Answers JSON lines in batches; an answer depends on its line's place and --seed, not on its batch.
 
     Raises:
-      InputError: a line that is no request, named by its number; the batches before it are answered.
+      InputError: a line that is no request, or no UTF-8, named by its number; the lines before it are answered.
     """
     batch, done, key = [], 0, jax.random.key(model.flags.seed)
 
@@ -215,23 +216,33 @@ def answer_lines(model: Model, lines: TextIO, out: TextIO) -> None:
             print(json.dumps({**request, **answer}, ensure_ascii=False), file=out, flush=True)
         return done + len(batch)
 
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                batch.append(_request(model, line))
-            except InputError as error:
-                raise InputError(f"input line {number}: {error}") from None
+    for number, line in _numbered(lines):
+        try:
+            batch += [_request(model, line)] if line.strip() else []
+        except InputError as error:
+            if batch:
+                flush()
+            raise InputError(f"input line {number}: {error}") from None
         if len(batch) == model.flags.batch_size:
             done, batch = flush(), []
     if batch:
         flush()
 
 
+def _numbered(lines: TextIO) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(f"input line {number + 1} or one soon after it: {error}") from None
+
+
 def _request(model: Model, line: str) -> tuple[dict, list[int]]:
     """Returns a line's object and its prompt."""
     try:
         request = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from None
     if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
         raise InputError('expected an object with either "prompt" or "messages"')
@@ -242,23 +253,29 @@ def _request(model: Model, line: str) -> tuple[dict, list[int]]:
     return request, prompt
 
 
-@contextlib.contextmanager
 def _opened(path: str, mode: str):
     """A file, or the standard stream where the path is "-"."""
     if path == "-":
-        yield sys.stdin if mode == "r" else sys.stdout
-        return
+        return contextlib.nullcontext(sys.stdin if mode == "r" else sys.stdout)
     try:
-        with open(path, mode, encoding="utf-8") as file:
-            yield file
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from None
+        return open(path, mode, encoding="utf-8-sig" if mode == "r" else "utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def run(flags: Chat) -> None:
     """Does what the flags ask for."""
     if flags.prompt is not None and flags.input is not None:
         raise InputError("--prompt and --input are two ways to ask; give one")
+    if flags.input is not None and _same_file(flags.input, flags.output):
+        raise InputError(f"--input and --output are both {flags.output}, which would be lost; give another --output")
     print(f"loading {flags.checkpoint} ...", file=sys.stderr)
     model = load(flags)
     print(f"{model.config.param_counts()['total']:,} parameters; the first answer compiles the model", file=sys.stderr)
@@ -274,7 +291,7 @@ def run(flags: Chat) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Exit status 2: bad input, told in one line."""
+    """The command. Exit status 2: bad input, told in one line; 130: Ctrl-C."""
     import tyro
 
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Chat], args=argv, prog="python -m qwen_jax.chat", description=__doc__)
@@ -286,6 +303,11 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our answers has gone; nothing more can be said on that road
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -150,6 +150,32 @@ def test_a_bad_line_is_named_by_its_number(model, line, words):
         chat.answer_lines(model, io.StringIO("\n" + line), io.StringIO())
 
 
+def test_the_lines_before_a_bad_one_are_answered(model):
+    out = io.StringIO()
+    with pytest.raises(InputError, match="input line 2"):
+        chat.answer_lines(model, io.StringIO('{"prompt": "hi"}\n{'), out)
+    assert json.loads(out.getvalue())["prompt"] == "hi"
+
+
+def test_the_input_is_never_overwritten(folder, tmp_path, capsys):
+    file = tmp_path / "same.jsonl"
+    file.write_text('{"prompt": "hi"}\n')
+    with pytest.raises(SystemExit) as caught:
+        chat.main(["--checkpoint", str(folder), "--input", str(file), "--output", str(tmp_path / "." / "same.jsonl")])
+    assert caught.value.code == 2 and "which would be lost" in capsys.readouterr().err
+    assert file.read_text() == '{"prompt": "hi"}\n'
+
+
+def test_a_reader_that_goes_away_is_no_error(folder, tmp_path):
+    (tmp_path / "many.jsonl").write_text('{"prompt": "hi"}\n' * 3)
+    command = [sys.executable, "-m", "qwen_jax.chat", "--checkpoint", str(folder), "--max-new-tokens", "2"]
+    command += ["--batch-size", "1", "--input", str(tmp_path / "many.jsonl")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0 and "Error" not in error and "error" not in error, error
+
+
 def test_a_run_of_ours_answers_like_the_same_weights_published(folder, model, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -188,7 +214,7 @@ def test_the_command_answers_one_prompt_on_standard_output(folder):
         (["--temperature", "-1", "--prompt", "x"], "error: temperature is -1.0"),
         (["--tensor", "3", "--prompt", "x"], "error: .*cannot be split"),
         (["--prompt", "x", "--input", "y"], "error: --prompt and --input are two ways to ask"),
-        (["--input", "/nowhere/in"], "error: /nowhere/in"),
+        (["--input", "/nowhere/in"], "error: /nowhere/in: No such file"),
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(folder, capsys, flags, words):

@@ -10,7 +10,6 @@ import pathlib
 import sys
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.errors import InputError
@@ -40,13 +39,12 @@ def convert(
       InputError: as `load` and `save` do.
     """
     source = loading.Source(src, dtype)
-    kind = jnp.dtype(source.config.param_dtype)
     sizes = layouts.sizes(source.config)
     origin = {entry.path: entry for entry, _ in source.rows}
 
     def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
         whole = tuple(range(sizes[letter]) for letter in entry.ours)
-        return source.read(origin[entry.path], place, whole).astype(kind)
+        return source.read(origin[entry.path], place, whole)
 
     saving.write(
         dst,
@@ -55,6 +53,7 @@ def convert(
         fetch,
         shard_bytes,
         fields=_fields(source),
+        drop=COMPANIONS,  # those of another model must not stand beside these weights
         companions=tuple(source.folder / name for name in COMPANIONS if (source.folder / name).is_file()),
     )
 

@@ -46,7 +46,7 @@ def read_json(path: pathlib.Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
@@ -70,7 +70,7 @@ def scan(folder: pathlib.Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not places:
         raise InputError(f"{folder / INDEX}: has no weight_map")
     shards = sorted({str(file) for file in places.values()})
-    outside = [file for file in shards if pathlib.PurePath(file).name != file]
+    outside = [file for file in shards if file in ("", "..") or pathlib.PurePath(file).name != file]
     if outside:
         raise InputError(f"{folder / INDEX}: names files outside the folder: {', '.join(outside)}")
     absent = [file for file in shards if not (folder / file).is_file()]

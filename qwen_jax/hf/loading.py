@@ -77,6 +77,11 @@ class Source:
             raise InputError(f"dtype is {dtype!r}; expected None (keep the files') or {', '.join(configs.DTYPES)}")
         config, model_type = settings.read(self.folder)
         self._sizes, self._tensors = layouts.sizes(config), files.scan(self.folder)
+        if config.num_hidden_layers > len(self._tensors):
+            raise InputError(
+                f"{self.folder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, and the files hold "
+                f"{len(self._tensors)} tensors in all"
+            )
         self.rows = layouts.table(model_type, config, models.abstract(config))
         expected = {name: entry.file_shape(config) for entry, _ in self.rows for name in entry.names(config)}
         head, embedding = (layouts.row(model_type, path) for path in ("head", "embedding"))
@@ -97,10 +102,21 @@ class Source:
           box: range of each of our other axes.
 
         Returns:
-          An array of the box's shape in the file's dtype.
+          An array of the box's shape in config.param_dtype.
+
+        Raises:
+          InputError: where a value is too large for that dtype.
         """
-        found = boxes.cut(entry, self._sizes, box)
-        return boxes.to_ours(entry, found, self._tensors[entry.tensor(place)].read(found.slices))
+        found, name = boxes.cut(entry, self._sizes, box), entry.tensor(place)
+        values = boxes.to_ours(entry, found, self._tensors[name].read(found.slices))
+        dtype = jnp.dtype(self.config.param_dtype)
+        if values.dtype == dtype:
+            return values
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype)
+        if jnp.finfo(dtype).max < jnp.finfo(values.dtype).max and np.isinf(cast).sum() > np.isinf(values).sum():
+            raise InputError(f"{self.folder}: {name} has values over {jnp.finfo(dtype).max}, the most {dtype} holds")
+        return cast
 
     def _refuse_unequal(self, name: str, other: str) -> None:
         head, embedding = self._tensors[name], self._tensors[other]

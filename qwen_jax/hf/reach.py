@@ -22,6 +22,8 @@ def rope(fields, length: int) -> dict:
             raise fields.refused(f"{name}.partial_rotary_factor is {values['partial_rotary_factor']}; expected 1.0")
         for field, value in (("rope_theta", values.get("rope_theta")), ("yarn", _yarn(fields, name, values, length))):
             if value is not None:
+                if field == "rope_theta" and type(value) not in (int, float):
+                    raise fields.refused(f"{name}.rope_theta is {value!r}; expected a number")
                 found.setdefault(field, {})[f"{name}.{field}"] = value
     if fields.get("rope_theta") is not None or "rope_theta" not in found:
         found.setdefault("rope_theta", {})["rope_theta"] = fields.number("rope_theta")

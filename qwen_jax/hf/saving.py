@@ -25,7 +25,7 @@ from qwen_jax.hf.layouts import Entry
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
-OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.(bin|json)")  # ours, and the same as pickles
 
 
 class Item(NamedTuple):
@@ -75,6 +75,7 @@ def write(
     *,
     fields: dict | None = None,
     companions: tuple[pathlib.Path, ...] = (),
+    drop: tuple[str, ...] = (),
     primary: bool = True,
 ) -> None:
     """Writes a checkpoint whose parameters are fetched one layer at a time.
@@ -87,6 +88,7 @@ def write(
       shard_bytes: as in `save`.
       fields: config.json, with the model_type of a layout in `layouts.TABLES`; made from `config` if None.
       companions: files to copy beside the weights.
+      drop: names of files that do not stay in a folder that is replaced.
       primary: whether this process writes; the others only take part in the fetching.
 
     Raises:
@@ -103,10 +105,13 @@ def write(
     target = target.resolve()
     _refuse_target(target)
     scratch = _beside(target, "partial")
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
     try:
         _fill(scratch, fields, shards, dtype, fetch)
-        _keep_other_files(target, scratch)
+        _keep_other_files(target, scratch, drop)
         for file in companions:
             shutil.copy2(file, scratch / file.name)
         _swap(scratch, target)
@@ -211,10 +216,10 @@ def _beside(target: pathlib.Path, suffix: str) -> pathlib.Path:
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 
-def _keep_other_files(target: pathlib.Path, scratch: pathlib.Path) -> None:
+def _keep_other_files(target: pathlib.Path, scratch: pathlib.Path, drop: tuple[str, ...]) -> None:
     """Copies what is no weight and no config.json: tokenizer, chat template, generation settings."""
     for entry in target.iterdir() if target.is_dir() else ():
-        replaced = entry.name in (files.INDEX, "config.json") or OUR_WEIGHTS.fullmatch(entry.name)
+        replaced = entry.name in (files.INDEX, "config.json", *drop) or WEIGHTS.fullmatch(entry.name)
         if not replaced:
             shutil.copy2(entry, scratch / entry.name)
 

@@ -41,16 +41,25 @@ class Fields:
         return value
 
     def whole(self, name: str) -> int:
-        return self.need(name, int)
+        value = self.need(name, int)
+        if not 0 < value < 2**31:
+            raise self.refused(f"{name} is {value}; expected 1 to {2**31 - 1}")
+        return value
 
     def number(self, name: str) -> float:
-        return float(self.need(name, float, int))
+        value = self.need(name, float, int)
+        if not abs(value) < 1e38:  # also false of nan, and of integers that no float holds
+            raise self.refused(f"{name} is {str(value)[:40]}; expected a finite number")
+        return float(value)
 
     def shape(self) -> dict:
         """Returns the fields that every layout spells as QwenConfig does."""
         return {name: self.whole(name) for name in WHOLE} | {
             "tie_word_embeddings": self.need("tie_word_embeddings", bool),
-            "initializer_range": float(self.get("initializer_range", 0.02)),  # how it was begun, not what it is
+            # how it was begun, not what it is: files may lack it
+            "initializer_range": self.number("initializer_range")
+            if self.get("initializer_range") is not None
+            else 0.02,
         }
 
     def refused(self, reason: str) -> InputError:
@@ -100,9 +109,9 @@ def _refuse_unsupported(fields: Fields, model_type: str) -> None:
             raise fields.refused(f"{name} is {fields.get(name)!r}; only {value!r} is supported")
     if fields.get("quantization_config"):
         raise fields.refused("quantization_config is set; only unquantised weights are supported")
-    sliding = sorted(set(fields.get("layer_types", [])) - {"full_attention"})
-    if sliding:
-        raise fields.refused(f"layer_types has {', '.join(sliding)}; only full_attention is supported")
+    kinds = fields.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise fields.refused(f"layer_types is {str(kinds)[:80]}; only a list of full_attention is supported")
 
 
 def _qwen2_or_3(fields: Fields, model_type: str) -> dict:

@@ -9,8 +9,13 @@ import numpy as np
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Returns the angle between neighbouring positions, [H/2] float64, greatest first."""
-    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    """Returns the angle between neighbouring positions, [H/2] float32, greatest first.
+
+    Rounded where the published code rounds, power and reciprocal each to float32: an angle is a frequency times a
+    position, so at position 30,000 the last bit of a frequency is worth 1e-4 of a logit.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def tables(positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -88,7 +88,7 @@ def _scaled(tables, factor):
 
 
 def yarn_frequencies(head_dim: int, theta: float, yarn: Yarn) -> tuple[np.ndarray, float]:
-    """Returns the frequencies of YaRN, [H/2] float64, and what cos and sin are multiplied by.
+    """Returns the frequencies of YaRN, [H/2] float, and what cos and sin are multiplied by.
 
     The published code's ramp, linear in the index of the pair, not the paper's, linear in the number of turns.
     """

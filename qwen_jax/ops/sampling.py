@@ -45,7 +45,7 @@ def temperature(logits_BV: jax.Array, value: jax.Array | float) -> jax.Array:
     return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / value
 
 
-def only_first(logits_BV: jax.Array, count: int) -> jax.Array:
+def only_first(logits_BV: jax.Array, count: jax.Array | int) -> jax.Array:
     """Removes the ids from `count` on: rows that pad the vocabulary and that no tokenizer knows."""
     return jnp.where((jnp.arange(logits_BV.shape[-1]) < count)[None, :], logits_BV, NEG_INF)
 

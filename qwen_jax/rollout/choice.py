@@ -19,8 +19,9 @@ COLDEST = 1e-6  # below, float32 tells no two logits apart that it did not alrea
 
 
 class Knobs(NamedTuple):
-    """Values a compiled program takes as arguments: turning one compiles nothing. Scalars float32."""
+    """Values a compiled program takes as arguments: turning one compiles nothing. Scalars float32, num_tokens int32."""
 
+    num_tokens: jax.Array | int
     temperature: jax.Array | float
     top_p: jax.Array | float
     min_p: jax.Array | float
@@ -33,13 +34,13 @@ class Plan:
     """Which steps a program has at all. A filter that is off costs nothing.
 
     Attributes:
-      num_tokens: ids from here on are never chosen.
+      padded: whether ids from knobs.num_tokens on are never chosen.
       greedy: the likeliest token instead of a draw; the filters then mean nothing and are off.
       top_k: how many candidates; 0 for the whole vocabulary.
       top_p, min_p, repetition, presence: whether these are on.
     """
 
-    num_tokens: int
+    padded: bool
     greedy: bool
     top_k: int
     top_p: bool
@@ -51,6 +52,7 @@ class Plan:
 def plan(
     *,
     num_tokens: int,
+    vocab_size: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -68,24 +70,24 @@ def plan(
         ("top_k", top_k, lambda x: x >= 0 and x == int(x), "a whole number, 0 (off) or more"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1 (off)"),
         ("min_p", min_p, lambda x: 0 <= x <= 1, "from 0 (off) to 1"),
-        ("repetition_penalty", repetition_penalty, lambda x: x > 0, "above 0; 1 is off"),
-        ("presence_penalty", presence_penalty, lambda x: True, "a finite number; 0 is off"),
+        ("repetition_penalty", repetition_penalty, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000; 1 is off"),
+        ("presence_penalty", presence_penalty, lambda x: abs(x) <= 1e4, "from -10000 to 10000; 0 is off"),
     )
     for name, value, valid, expected in ranges:
         if not isinstance(value, numbers.Real) or not math.isfinite(value) or not valid(value):
             raise InputError(f"{name} is {value!r}; expected {expected}")
     draws = temperature > 0
     steps = Plan(
-        num_tokens=num_tokens,
+        padded=num_tokens < vocab_size,
         greedy=not draws,
-        top_k=int(top_k) if draws and top_k < num_tokens else 0,
+        top_k=int(top_k) if draws and top_k < vocab_size else 0,
         top_p=draws and top_p < 1,
         min_p=draws and min_p > 0,
         repetition=repetition_penalty != 1,
         presence=presence_penalty != 0,
     )
     values = (temperature, top_p, min_p, repetition_penalty, presence_penalty)
-    return steps, Knobs(*map(np.float32, values))
+    return steps, Knobs(np.int32(num_tokens), *map(np.float32, values))
 
 
 class Seen(NamedTuple):
@@ -125,13 +127,12 @@ def choose(
     Returns:
       token_B int32, and [B] float32: its log-probability in the distribution it was drawn from (0 if greedy).
     """
-    V = logits_BV.shape[-1]
     if steps.repetition:
         logits_BV = sampling.repetition_penalty(logits_BV, seen.ever, knobs.repetition_penalty)
     if steps.presence:
         logits_BV = sampling.presence_penalty(logits_BV, seen.said, knobs.presence_penalty)
-    if steps.num_tokens < V:
-        logits_BV = sampling.only_first(logits_BV, steps.num_tokens)
+    if steps.padded:
+        logits_BV = sampling.only_first(logits_BV, knobs.num_tokens)
     if steps.greedy:
         return sampling.likeliest(logits_BV), jnp.zeros(logits_BV.shape[0], jnp.float32)
     logits_BC, ids_BC = sampling.temperature(logits_BV, knobs.temperature), None

@@ -200,7 +200,7 @@ def _begin(
     lists = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
     if not isinstance(piece, int) or piece < 1:
         raise InputError(f"piece is {piece!r}; expected a whole number of at least 1")
-    steps, knobs = plan(num_tokens=size, **knobs)
+    steps, knobs = plan(num_tokens=size, vocab_size=config.vocab_size, **knobs)
     if not isinstance(params, Prepared):
         params = prepare(config, params, layout=layout, unroll=unroll)
     elif params.config != config.replace(scan_layers=params.config.scan_layers, remat="none"):

@@ -51,6 +51,23 @@ def test_qwen_v1_becomes_qwen2(tmp_path):
     assert made_up.held(tmp_path / "qwen2").keys() == made_up.tensors(config).keys()
 
 
+def test_what_belongs_to_another_model_does_not_stay_beside_the_new_weights(tmp_path):
+    src = made_up.checkpoint(tmp_path / "src", FAMILIES["qwen2-tied"])
+    (src / "vocab.json").write_text("{}")
+    dst = made_up.checkpoint(tmp_path / "dst", FAMILIES["qwen3"])
+    for name in ("tokenizer.json", "generation_config.json", "pytorch_model.bin", "README.md"):
+        (dst / name).write_text("old")
+    convert.convert(src, dst)
+    assert {file.name for file in dst.iterdir()} == {"config.json", "model.safetensors", "vocab.json", "README.md"}
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    src = made_up.checkpoint(tmp_path / "src", FAMILIES["qwen3"])
+    (tmp_path / "file").write_text("x")
+    assert convert.main([str(src), str(tmp_path / "file" / "dst")]) == 2
+    assert capsys.readouterr().err.endswith("file/dst: cannot be written (Not a directory)\n")
+
+
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     src = made_up.checkpoint(tmp_path / "src", FAMILIES["qwen3"], attention_bias=True)
     command = [sys.executable, "-m", "qwen_jax.hf.convert", str(src), str(tmp_path / "dst")]

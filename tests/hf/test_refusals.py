@@ -48,7 +48,15 @@ def test_fields_are_read_not_assumed(changes, tmp_path):
 
 @pytest.mark.parametrize("config, changes, pattern", [
     (QWEN2, dict(use_sliding_window=True), "use_sliding_window is True"),
-    (QWEN2, dict(layer_types=["full_attention", "sliding_attention"]), "layer_types has sliding_attention"),
+    (QWEN2, dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is .*sliding_attention"),
+    (QWEN2, dict(layer_types=3), "layer_types is 3; only a list"),
+    (QWEN2, dict(rope_theta=None, rope_parameters={"rope_theta": "abc"}), "rope_theta is 'abc'; expected a number"),
+    (QWEN2, dict(rope_theta=None, rope_parameters={"rope_theta": True}), "rope_theta is True; expected a number"),
+    (QWEN2, dict(initializer_range="x"), "initializer_range is 'x'"),
+    (QWEN2, dict(rms_norm_eps=10**400), "rms_norm_eps is 1000.*; expected a finite number"),
+    (QWEN2, dict(num_attention_heads=0), "num_attention_heads is 0; expected 1 to"),
+    (QWEN2, dict(vocab_size=10**30), "vocab_size is 10+; expected 1 to"),
+    (QWEN2, dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, and the files hold 27 tensors"),
     (QWEN2, dict(rope_scaling={"type": "yarn"}), "rope_scaling has no factor"),
     (QWEN2, dict(rope_scaling={"type": "yarn", "factor": 0.5}), "yarn.factor is 0.5; expected at least 1"),
     (QWEN2, dict(rope_scaling={"type": "yarn", "factor": "4"}), "rope_scaling.factor is '4'; expected int or float"),
@@ -99,6 +107,14 @@ def test_all_that_is_wrong_with_the_tensors_is_told_at_once(tmp_path):
         r"model.norm.weight is \[33\], config.json says \[32\]",
         r"dtype other than F32, BF16, F16: model.layers.0.input_layernorm.weight \(I8\)",
     )
+
+
+def test_values_that_a_smaller_dtype_does_not_hold_are_refused(tmp_path):
+    tensors = made_up.tensors(QWEN2)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 1e6)
+    made_up.write(tmp_path, made_up.fields(QWEN2), tensors)
+    refused(tmp_path, "model.norm.weight has values over 65504", dtype="float16")
+    hf.load(tmp_path, dtype="bfloat16")
 
 
 def test_several_dtypes_need_a_decision(tmp_path):

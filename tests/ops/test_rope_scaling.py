@@ -30,7 +30,7 @@ def test_yarn_leaves_fast_pairs_alone_and_stretches_slow_ones(head_dim, theta, l
 def test_yarn_gives_the_published_frequencies():
     found, _ = rope_scaling.yarn_frequencies(128, 1e6, Yarn(4.0, 32_768))
     expected = [1.0, 3.16227766e-2, 6.02941176e-4, 7.90569415e-6, 3.10234440e-7]
-    np.testing.assert_allclose(found[[0, 16, 32, 48, 63]], expected, rtol=1e-8)
+    np.testing.assert_allclose(found[[0, 16, 32, 48, 63]], expected, rtol=2e-7)  # float32
 
 
 def test_the_factor_on_cos_and_sin():

@@ -43,6 +43,19 @@ def test_float32_logits_and_gradients(pair, kind, tmp_path):
     assert relative < 1e-4
 
 
+def test_positions_far_into_the_context(pair):
+    """An angle is a frequency times a position: at 30,000 the last bit of a frequency counts."""
+    theirs, config, params = pair
+    if config.yarn.on or config.dual_chunk.on:
+        pytest.skip("positions this far are told apart by the length of the document")
+    tokens = batch("whole", config.vocab_size, rows=2, length=32)[0]
+    far = np.broadcast_to(30_000 + np.arange(32, dtype=np.int32), tokens.shape)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(far.copy()).long()).logits
+    found = models.forward(config.replace(max_position_embeddings=32_768), params, tokens, positions=far)
+    assert np.abs(np.asarray(found) - expected.numpy()).max() < 1e-4
+
+
 def test_log_probs_are_theirs(pair):
     theirs, config, params = pair
     tokens, segments = batch("whole", config.vocab_size)

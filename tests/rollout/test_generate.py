@@ -137,9 +137,9 @@ def test_padded_rows_of_the_vocabulary_are_never_sampled():
 def test_penalties_are_for_what_was_said_and_for_what_was_read():
     prompt = list(range(1, 110))
     tame = [prompt] * 3
-    said = answer(tame, temperature=0, presence_penalty=1e6, max_new_tokens=16).tokens[0].tolist()
+    said = answer(tame, temperature=0, presence_penalty=1e4, max_new_tokens=16).tokens[0].tolist()
     assert len(set(said)) == 16 and set(said) & set(prompt)
-    unread = answer(tame, temperature=0, repetition_penalty=1e6, max_new_tokens=16).tokens[0].tolist()
+    unread = answer(tame, temperature=0, repetition_penalty=1e3, max_new_tokens=16).tokens[0].tolist()
     assert len(set(unread)) == 16 and not set(unread) & set(prompt)
 
 
@@ -180,14 +180,15 @@ def test_the_loop_ends_when_every_row_has_stopped():
 
 def test_a_new_length_batch_or_value_compiles_nothing_new():
     prepared = rollout.prepare(SMALL, PARAMS)
-    answer(some_prompts([16] * 8), params=prepared, max_new_tokens=16, stop_ids=[1, 2], top_p=0.5)
+    prompts = lambda lengths: [[token % 200 for token in prompt] for prompt in some_prompts(lengths)]
+    answer(prompts([16] * 8), params=prepared, max_new_tokens=16, stop_ids=[1, 2], top_p=0.5, num_tokens=200)
     before = generation._run._cache_size()
     for number, longest, new, p in ((7, 16, 16, 0.5), (8, 1, 9, 0.9), (7, 9, 1, 0.2)):
         lengths = np.random.default_rng(number).integers(1, longest + 1, number)
         key = jax.random.key(number)
         answer(
-            some_prompts(lengths), key, params=prepared, max_new_tokens=new, stop_ids=[3, 4], top_p=p,
-            temperature=p, first_row=number,
+            prompts(lengths), key, params=prepared, max_new_tokens=new, stop_ids=[3, 4], top_p=p,
+            temperature=p, first_row=number, num_tokens=240 + number,
         )  # fmt: skip
     assert generation._run._cache_size() == before
 
@@ -232,6 +233,8 @@ def test_buckets_are_few_and_waste_at_most_a_third():
         (dict(top_p=0), "top_p is 0"),
         (dict(top_k=-1), "top_k is -1"),
         (dict(min_p=1.5), "min_p is 1.5"),
+        (dict(presence_penalty=1e30), "presence_penalty is 1e.30; expected from -10000"),
+        (dict(repetition_penalty=1e-50), "repetition_penalty is 1e-50; expected from 0.001"),
         (dict(repetition_penalty=0), "repetition_penalty is 0"),
         (dict(presence_penalty=float("inf")), "presence_penalty is inf"),
     ],

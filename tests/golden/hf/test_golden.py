@@ -50,4 +50,4 @@ def test_qwen_v1_beyond_the_length_of_its_training_whole_and_decoded():
 
 
 def test_all_shapes_are_here():
-    assert len(list(HERE.glob("*/figures.npz"))) == 5
+    assert len(list(HERE.glob("*/figures.npz"))) == 7
