@@ -9,9 +9,10 @@ needs no network.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,15 @@ from qwen_jax.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
+class RouterLoss:
+    """What the router of a model with experts is trained by besides the tokens; a dense model has none."""
+
+    kind: Literal[objectives.balance.KINDS] = "global-batch"  # see objectives.balance
+    weight: float = 1e-3  # router_aux_loss_coef of the published models
+    z_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class Config:
     """One pretraining run."""
 
@@ -41,6 +51,7 @@ class Config:
     batch_size: int = 8  # rows in a step
     microbatches: int = 1  # pieces of a batch held at a time
     validation_rows: int = 128  # how many rows each evaluation reads
+    router: RouterLoss = RouterLoss()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
@@ -74,6 +85,23 @@ def smoke() -> Config:
     )
 
 
+def experts() -> Config:
+    """`small` with 16 fine-grained experts in the place of each MLP, 4 of them a token: as much work per token."""
+    base = small()
+    model = base.model.replace(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96, norm_topk_prob=True)
+    return dataclasses.replace(base, model=model)
+
+
+def experts_with(**router) -> Callable[[], Config]:
+    """Returns the recipe of `experts` with another loss of the router."""
+
+    def recipe() -> Config:
+        return dataclasses.replace(experts(), router=RouterLoss(**router))
+
+    recipe.__doc__ = f"`experts` with {', '.join(f'router.{name} {value}' for name, value in router.items())}."
+    return recipe
+
+
 def qwen_7b() -> Config:
     """Qwen-7B's pretraining (arXiv:2309.16609, section 2.4), 2.4T tokens; give --dataset and --tokenizer.
 
@@ -91,18 +119,44 @@ def qwen_7b() -> Config:
     )
 
 
-RECIPES = {"small": small, "smoke": smoke, "qwen-7b": qwen_7b}
+RECIPES = {
+    "small": small,
+    "smoke": smoke,
+    "qwen-7b": qwen_7b,
+    "experts": experts,
+    **{f"experts-{kind}": experts_with(kind=kind) for kind in objectives.balance.KINDS[1:]},
+    "experts-unbalanced": experts_with(weight=0.0),
+    "experts-router-z": experts_with(z_weight=1e-3),
+}
 
 
-def language_model_loss(params, batch: LMBatch, key: jax.Array, *, model: QwenConfig, layout: Layout) -> Loss:
-    """The objective of pretraining and of fine-tuning: they differ in the data's mask alone."""
+def language_model_loss(
+    params,
+    batch: LMBatch,
+    key: jax.Array,
+    tally=None,
+    *,
+    model: QwenConfig,
+    layout: Layout,
+    router: RouterLoss | None = None,
+) -> Loss:
+    """The objective of pretraining and of fine-tuning: they differ in the data's mask alone.
+
+    `router` is for models with experts and adds their balancing loss; None leaves the likelihood of the tokens alone.
+    """
     del key  # nothing random in it
-    log_probs_BT = models.log_probs(
+    log_probs_BT, routing = models.log_probs_and_routing(
         model, params, batch.tokens, batch.targets, positions=batch.positions, segment_ids=batch.segment_ids,
         layout=layout,
     )  # fmt: skip
     mean, metrics = objectives.sft.loss(log_probs_BT, batch.loss_mask)
-    return Loss.from_mean(mean, jnp.sum(batch.loss_mask), metrics)
+    weight = jnp.sum(batch.loss_mask)
+    if routing is None or router is None:
+        return Loss.from_mean(mean, weight, metrics)
+    extra, more, tally = objectives.balance.loss(
+        routing.counts, routing.probs, routing.z, routing.tokens, before=tally, **dataclasses.asdict(router)
+    )
+    return Loss.from_mean(mean + extra, weight, metrics | more, tally)
 
 
 def build(config, mesh: jax.sharding.Mesh) -> program.Program:
@@ -119,7 +173,8 @@ def build(config, mesh: jax.sharding.Mesh) -> program.Program:
     return program.build(
         init_params=functools.partial(models.init, config.model),
         param_axes=models.axes(config.model),
-        loss_fn=functools.partial(language_model_loss, model=config.model, layout=layout),
+        loss_fn=functools.partial(language_model_loss, model=config.model, layout=layout, router=config.router),
+        eval_loss_fn=functools.partial(language_model_loss, model=config.model, layout=layout),
         tx=optimizer.make(config.optimizer, config.loop.steps),
         batch=LMBatch(tokens=ints, targets=ints, loss_mask=floats, segment_ids=ints, positions=ints),
         layout=layout,

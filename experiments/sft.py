@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.pretrain import build
+from experiments.pretrain import RouterLoss, build
 from experiments.pretrain import small as small_pretrain
 from experiments.pretrain import smoke as smoke_pretrain
 from qwen_jax import config as configs
@@ -46,6 +46,7 @@ class Config:
     batch_size: int = 8
     microbatches: int = 1
     validation_rows: int = 128
+    router: RouterLoss = RouterLoss()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 

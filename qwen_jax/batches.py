@@ -35,13 +35,15 @@ class Loss(NamedTuple):
       total: scalar float32, the sum of the loss over everything it counts (tokens, pairs).
       weight: scalar float32, how much it counted. The step optimises sum(total) / sum(weight).
       metrics: name -> scalar float32 sum, under the same weight: reported as sum / sum(weight).
+      tally: pytree of sums that the loss of later microbatches of the same step may look at; no gradient flows in them.
     """
 
     total: Array
     weight: Array
     metrics: dict[str, Array]
+    tally: Any = ()
 
     @classmethod
-    def from_mean(cls, mean: Array, weight: Array, metrics: dict[str, Array]) -> "Loss":
+    def from_mean(cls, mean: Array, weight: Array, metrics: dict[str, Array], tally: Any = ()) -> "Loss":
         """Wraps what `objectives.*.loss` returns: a mean, and metrics that are means under the same weight."""
-        return cls(mean * weight, weight, {name: value * weight for name, value in metrics.items()})
+        return cls(mean * weight, weight, {name: value * weight for name, value in metrics.items()}, tally)

@@ -12,6 +12,7 @@ from qwen_jax.models.functional import (
     sequence_log_probs,
 )
 from qwen_jax.models.fused import fuse, fused_axes
+from qwen_jax.models.upcycling import upcycle
 
 __all__ = [
     "Decoder",
@@ -27,4 +28,5 @@ __all__ = [
     "log_probs",
     "log_probs_and_routing",
     "sequence_log_probs",
+    "upcycle",
 ]

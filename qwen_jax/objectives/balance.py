@@ -10,6 +10,49 @@ Shapes: L layers with experts, B rows, E experts, G groups of rows.
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.errors import InputError
+
+KINDS = ("global-batch", "per-layer", "per-sequence", "pooled")
+
+
+def loss(
+    counts_LBE: jax.Array,
+    probs_LBE: jax.Array,
+    z_LB: jax.Array,
+    tokens_LB: jax.Array,
+    *,
+    kind: str,
+    weight: float,
+    z_weight: float,
+    before: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns what is added to the loss of a model with experts.
+
+    Args:
+      counts_LBE, probs_LBE, z_LB, tokens_LB: of `ops.routing.Routing`.
+      kind: "global-batch", "per-layer" (of each microbatch), "per-sequence", or "pooled", the one of transformers.
+      weight: of the balancing loss.
+      z_weight: of `router_z`.
+      before: as in `global_batch`; the other kinds do without.
+
+    Returns:
+      weight * balance + z_weight * z; {"balance", "router_z", "overload"} unweighted; own counts as of `global_batch`.
+
+    Raises:
+      InputError: on an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"the balancing loss {kind!r} is unknown; expected one of {', '.join(KINDS)}")
+    sums = counts_LBE, probs_LBE, tokens_LB
+    mean, own = global_batch(*sums, before=before)
+    if kind == "pooled":
+        mean = pooled(*sums)
+    elif kind != "global-batch":
+        mean = per_layer(*sums, groups=counts_LBE.shape[1] if kind == "per-sequence" else 1)
+    z = router_z(z_LB, tokens_LB)
+    metrics = {"balance": mean, "router_z": z, "overload": overload(counts_LBE)}
+    return weight * mean + z_weight * z, metrics, own
+
 
 def pooled(counts_LBE: jax.Array, probs_LBE: jax.Array, tokens_LB: jax.Array) -> jax.Array:
     """Returns the auxiliary loss of transformers (qwen2_moe, qwen3_moe): f and P over the tokens of all layers at once.

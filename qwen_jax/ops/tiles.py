@@ -96,9 +96,13 @@ def activation_vjp(gate_CF: jax.Array, up_CF: jax.Array):
 
 
 def each_tile(groups: Groups, M: int, tile, state):
-    """Folds tile(expert, start, C, state) over all tiles: of each expert as many of the largest size as it has, …"""
+    """Folds tile(expert, start, C, state) over all tiles: of each expert as many of the largest size as it has, …
+
+    Sizes over twice an even load's are left out: most experts would have none of them, and each is a loop to compile.
+    """
     starts_E, left_E = groups
-    for C in (size for size in SIZES if size <= M):
+    largest = max(ALIGNMENT, 2 * M // starts_E.size)
+    for C in (size for size in SIZES if size <= largest):
         tiles_E = left_E // C
         ends_E = jnp.cumsum(tiles_E)
 

@@ -1,7 +1,7 @@
 """The one train step. Objectives only say what the loss is; SFT, reward models, DPO and PPO all run this."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from qwen_jax.batches import Loss
 from qwen_jax.training.optimizer import learning_rate
 from qwen_jax.training.state import TrainState
 
-LossFn = Callable[[Any, Any, jax.Array], Loss]  # (params, batch, key) -> Loss
+# (params, batch, key) -> Loss. One that has a parameter `tally` besides is given the sum of Loss.tally over the step's
+# earlier microbatches, None for the first: a statistic of the whole batch that grows as the microbatches go by.
+LossFn = Callable[..., Loss]
 
 
 def train_step(
@@ -60,8 +62,10 @@ def train_step(
 def _accumulate(state: TrainState, batch, loss_fn: LossFn, microbatches: int):
     """Returns the sums of gradients and of Loss over the microbatches."""
 
-    def summed(params, batch, key):
-        loss = loss_fn(params, batch, key)
+    tallied = "tally" in inspect.signature(loss_fn).parameters
+
+    def summed(params, batch, key, tally=None):
+        loss = loss_fn(params, batch, key, tally=tally) if tallied else loss_fn(params, batch, key)
         return loss.total, loss
 
     grad_fn = jax.grad(summed, has_aux=True)
@@ -75,7 +79,8 @@ def _accumulate(state: TrainState, batch, loss_fn: LossFn, microbatches: int):
 
     def add(sums, numbered):
         index, microbatch = numbered
-        return jax.tree.map(jnp.add, sums, grad_fn(state.params, microbatch, jax.random.fold_in(key, index))), None
+        new = grad_fn(state.params, microbatch, jax.random.fold_in(key, index), sums[1].tally)
+        return jax.tree.map(jnp.add, sums, new), None
 
     first = jax.tree.map(lambda x: x[0], numbered[1])
     shapes = jax.eval_shape(grad_fn, state.params, first, key)

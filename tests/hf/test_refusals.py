@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax import hf
 from qwen_jax.errors import InputError
-from tests.conftest import FAMILIES, tiny
+from tests.conftest import FAMILIES, MOE_FAMILIES, tiny
 from tests.hf import made_up
 from tests.hf.test_loading import v1
 
@@ -190,3 +190,20 @@ def test_other_folders_are_told_what_they_lack(tmp_path):
 
 def test_an_unknown_dtype_is_refused(tmp_path):
     refused(made_up.checkpoint(tmp_path, QWEN2), "dtype is 'int8'", dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe-first-dense", "qwen3-moe-some-dense"])
+def test_one_missing_expert_is_named(name, tmp_path):
+    config = MOE_FAMILIES[name]
+    tensors = made_up.tensors(config)
+    del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    folder = made_up.write(tmp_path, made_up.fields(config), tensors)
+    refused(folder, "missing: model.layers.1.mlp.experts.5.up_proj.weight")
+
+
+@pytest.mark.parametrize("changes, pattern", [
+    (dict(num_experts=None), "has no num_experts"), (dict(num_experts_per_tok=9), "num_experts_per_tok is 9, more"),
+    (dict(norm_topk_prob=None), "has no norm_topk_prob"), (dict(attention_bias=True), "attention_bias is True"),
+], ids=str)  # fmt: skip
+def test_a_config_of_experts_we_do_not_compute_is_refused_by_field(changes, pattern, tmp_path):
+    refused(made_up.checkpoint(tmp_path, MOE_FAMILIES["qwen3-moe"], **changes), pattern)

@@ -10,7 +10,7 @@ import pytest
 from qwen_jax import hf, models, sharding
 from qwen_jax.errors import InputError
 from qwen_jax.hf import saving
-from tests.conftest import FAMILIES, MESHES, tiny
+from tests.conftest import FAMILIES, MESHES, MOE_FAMILIES, tiny
 from tests.hf import made_up
 
 QWEN2 = FAMILIES["qwen2-untied"]
@@ -50,6 +50,19 @@ def test_what_a_mesh_holds_is_saved_as_from_one_device(family, cut, tmp_path):
     config, params = hf.load(folder, mesh=mesh)
     hf.save(tmp_path / "out", config, params)
     same_tensors(made_up.held(folder), made_up.held(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe-first-dense", "qwen3-moe-some-dense"])
+def test_experts_of_a_mesh_are_saved_as_they_were_loaded(name, tmp_path):
+    family, mesh = MOE_FAMILIES[name], sharding.make_mesh(sharding.MeshConfig(expert=4, fsdp=2))
+    folder = made_up.checkpoint(tmp_path / "in", family, parts=2)
+    config, params = hf.load(folder, mesh=mesh)
+    assert config == family.replace(dtype="bfloat16", param_dtype="bfloat16")
+    alone = hf.load(folder)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+    hf.save(tmp_path / "out", config, params)
+    same_tensors(made_up.held(folder), made_up.held(tmp_path / "out"))
+    assert hf.read_config(tmp_path / "out") == config.replace(param_dtype="float32")
 
 
 def test_files_stay_below_the_limit_and_the_index_names_them(tmp_path):
@@ -140,5 +153,8 @@ def test_a_model_without_a_published_layout_is_refused(tmp_path):
     config = tiny(qk_norm=True)
     with pytest.raises(InputError, match="no published layout"):
         hf.save(tmp_path / "out", config, zeros(config))
+    mixed = MOE_FAMILIES["qwen3-moe"].replace(shared_expert_intermediate_size=16)
+    with pytest.raises(InputError, match="shared_expert_intermediate_size 16 with qk_norm True is no published layout"):
+        hf.save(tmp_path / "out", mixed, zeros(mixed))
     with pytest.raises(InputError, match="shard_bytes"):
         hf.save(tmp_path / "out", tiny(), zeros(tiny()), shard_bytes=0)

@@ -7,9 +7,13 @@ import pytest
 
 from experiments.pretrain import language_model_loss
 from qwen_jax import sharding
+from qwen_jax.batches import LMBatch, Loss
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout, MeshConfig
+from qwen_jax.training import optimizer
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.state import create
+from qwen_jax.training.step import train_step
 from tests.training import lm
 
 ONE = lambda: sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -148,3 +152,19 @@ def test_a_long_run_on_one_batch_learns_it():
 def test_a_mesh_that_does_not_divide_is_told_what_and_by_how_much(mesh_config, microbatches, rows, message):
     with pytest.raises(InputError, match=message):
         lm.build(sharding.make_mesh(mesh_config), microbatches=microbatches, rows=rows)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_tally_is_the_sum_over_the_microbatches_before(microbatches):
+    """The loss of a microbatch of row sums r after tallies t is w r + t: its total is known in closed form."""
+
+    def loss(params, batch, key, tally=None):
+        sum_of_rows = jnp.sum(batch.loss_mask)
+        before = 0.0 if tally is None else tally
+        return Loss(jnp.sum(params["kernel"]) * sum_of_rows + before, jnp.float32(1), {}, sum_of_rows)
+
+    tx, batch = optimizer.make(lm.SMOOTH, 5), LMBatch(*(np.arange(8, dtype=np.float32)[:, None],) * 5)
+    state = create({"kernel": jnp.ones(3)}, jax.random.key(0), tx)
+    metrics = train_step(state, batch, loss_fn=loss, tx=tx, microbatches=microbatches)[1]
+    parts = [np.arange(8.0)[i::microbatches].sum() for i in range(microbatches)]
+    assert metrics["loss"] == sum(3 * part + sum(parts[:i]) for i, part in enumerate(parts)) / microbatches
