@@ -32,7 +32,7 @@ from qwen_jax.sharding import Layout
 
 
 class Case(NamedTuple):
-    """Tokens, model width, experts, experts per token, expert width; widths that are no size of a tile."""
+    """Tokens, model width, experts, experts per token, expert width; none of the last four is the size of a tile."""
 
     tokens: int
     hidden: int
@@ -41,7 +41,11 @@ class Case(NamedTuple):
     width: int
 
 
-CASES = {"few": Case(2048, 768, 16, 4, 384), "many": Case(4096, 640, 64, 8, 192), "wide": Case(2048, 1152, 32, 4, 576)}
+CASES = {
+    "few": Case(2048, 768, 18, 4, 384),
+    "many": Case(4096, 640, 60, 8, 192),
+    "qwen3": Case(2048, 520, 120, 8, 192),  # Qwen3-30B-A3B by about 4 in each width, with 120 of its 128 experts
+}
 
 
 def config_of(case: Case) -> QwenConfig:

@@ -1,11 +1,11 @@
 """A dense model becomes one with experts, whose neurons are copies of the dense MLP's (Qwen2 report, section 2.2.2).
 
-A neuron is a column of gate, the same column of up and the same row of down; it is copied as one. The F neurons of the
-dense MLP are written down as often as the experts need, each copy in an order of its own; the list is cut into E experts
+A neuron is a column of gate, the same column of up and the same row of down; it is copied as one. The dense MLP's F
+neurons are written down as often as the experts need, each copy in an order of its own; the list is cut into E experts
 of I neurons, across the borders of copies, and what is left over is discarded. Then a part of each expert's neurons is
-drawn anew. Sparse upcycling as first published (Komatsuzaki et al., arXiv:2212.05055) is the case I = F with
-shuffle=False and reinitialize=0: every expert is the dense MLP. If the gates of a token sum to 1 and there is no shared
-expert, the model then computes what the dense one does.
+drawn anew. Sparse upcycling as first published (Komatsuzaki et al., arXiv:2212.05055) is the case I = F, shuffle=False,
+reinitialize=0: every expert is the dense MLP. If the gates of a token sum to 1 and there is no shared expert, the model
+then computes what the dense one does.
 
 The report does not say of what the re-drawn half consists, nor how routers begin. Here it is whole neurons, so that the
 others stay what they were; routers and the shared expert's gate are drawn like all new parameters.
