@@ -101,7 +101,7 @@ def each_tile(groups: Groups, M: int, tile, state):
     Sizes over twice an even load's are left out: most experts would have none of them, and each is a loop to compile.
     """
     starts_E, left_E = groups
-    largest = max(ALIGNMENT, 2 * M // starts_E.size)
+    largest = min(M, max(ALIGNMENT, 2 * M // starts_E.size))
     for C in (size for size in SIZES if size <= largest):
         tiles_E = left_E // C
         ends_E = jnp.cumsum(tiles_E)
