@@ -5,7 +5,10 @@ Each module is loaded when it is first named, so importing this package costs no
 
 import importlib
 
-_MODULES = ("baseline", "chitchat", "conversations", "loader", "made_up", "packages", "packing", "sources")
+_MODULES = (
+    "baseline", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader", "made_up",
+    "packages", "packing", "sources", "token_cache", "tokenising", "turns",
+)  # fmt: skip
 
 
 def __getattr__(name):

@@ -23,18 +23,17 @@ its split whatever else is added or removed, and near-copies, having one hash, c
 
 import collections
 import contextlib
-import hashlib
 import io
 import json
 import logging
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
 from qwen_jax.data import packages
+from qwen_jax.data.formats import content_hash, percent_of
 from qwen_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -216,13 +215,7 @@ def _merge_turns(written: list[tuple[str, str]]) -> Conversation:
     return conversation
 
 
-def content_hash(conversation: Conversation) -> str:
-    """Hash of what is said, blind to case, blanks and punctuation, so that copies with small touches agree."""
-    turns = (" ".join(re.findall(r"\w+", message["content"].casefold())) for message in conversation)
-    return hashlib.sha256("\n".join(turns).encode()).hexdigest()
-
-
 def split_of(key: str) -> str:
     """The split of a conversation, from its content hash alone."""
-    percent = int(key[:12], 16) % 100
+    percent = percent_of(key)
     return "train" if percent < 90 else "validation" if percent < 95 else "test"

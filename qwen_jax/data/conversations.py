@@ -1,14 +1,15 @@
 """Conversations and texts as documents: token ids, and which of them are to be learned."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from qwen_jax.data.formats import Conversation, Pair
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, chat
-
-Message = dict[str, str]
+from qwen_jax.tokenizer.templates import Message
 
 TooLong = Literal["truncate", "split", "drop", "error"]
 END_OF_TEXT = "<|endoftext|>"
@@ -24,6 +25,10 @@ class Document(NamedTuple):
 
     ids: np.ndarray
     loss_mask: np.ndarray
+
+
+class LongerThanLimit(InputError):
+    """A document is longer than it may be, and was not to be cut or left out."""
 
 
 class Documents(NamedTuple):
@@ -56,7 +61,7 @@ class Documents(NamedTuple):
 
 
 def chat_documents(
-    conversations: Iterable[Sequence[Message]],
+    conversations: Iterable[Sequence[Message] | Conversation],
     tok: Tokenizer,
     *,
     generation: str,
@@ -67,7 +72,8 @@ def chat_documents(
     """Renders conversations in ChatML.
 
     Args:
-      conversations: each a list of OpenAI messages, {"role": ..., "content": ...}.
+      conversations: each a list of OpenAI messages, {"role": ..., "content": ...}, or a Conversation, which may have
+        tools.
       tok: the tokenizer.
       generation: whose chat format, as in `tokenizer.chat.render`.
       max_length: the most tokens a document may have; None is no limit.
@@ -83,12 +89,10 @@ def chat_documents(
       InputError: a conversation cannot be rendered, or is too long and `too_long` is "error".
     """
 
-    def render(messages: Sequence[Message]) -> Document:
-        ids, mask = chat.render(messages, tok, generation=generation, loss=loss)
-        return Document(np.asarray(ids, np.int32), np.asarray(mask, bool))
-
     def rendered() -> Iterator[list[Document]]:
-        for number, messages in enumerate(conversations):
+        for number, conversation in enumerate(conversations):
+            messages, tools = conversation if isinstance(conversation, Conversation) else (conversation, None)
+            render = functools.partial(_render, tok=tok, generation=generation, loss=loss, tools=tools)
             try:
                 if too_long == "split" and max_length is not None:
                     yield _split(messages, render, max_length)
@@ -98,6 +102,57 @@ def chat_documents(
                 raise InputError(f"conversation {number}: {error}") from None
 
     return _limited(rendered(), max_length, too_long, "conversation")
+
+
+def _render(messages: Sequence[Message], *, tok: Tokenizer, **how) -> Document:
+    ids, mask = chat.render(messages, tok, **how)
+    return Document(np.asarray(ids, np.int32), np.asarray(mask, bool))
+
+
+def pair_documents(
+    pairs: Iterable[Pair],
+    tok: Tokenizer,
+    *,
+    generation: str,
+    max_length: int | None = None,
+    too_long: Literal["drop", "error"] = "error",
+) -> Documents:
+    """Renders preference pairs: prompt and answer, of which the answer and its end are to be learned.
+
+    Args:
+      pairs: the pairs.
+      tok: the tokenizer.
+      generation: whose chat format, as in `tokenizer.chat.render`.
+      max_length: the most tokens that prompt and answer may have together; None is no limit.
+      too_long: what becomes of a longer pair: "drop" leaves both halves out, "error" refuses it. None is ever cut: an
+        answer without its end, or to half a question, is not what people judged.
+
+    Returns:
+      Documents, in which the chosen one of pair i is number 2i and the rejected one 2i + 1; dropped_long counts both.
+
+    Raises:
+      InputError: a pair cannot be rendered, or is too long and `too_long` is "error".
+    """
+    if too_long not in ("drop", "error"):
+        raise InputError(f"too_long is {too_long!r}; for a pair it can be drop, error")
+    kept, dropped, lost_tokens = [], 0, 0
+    for number, pair in enumerate(pairs):
+        render = functools.partial(_render, tok=tok, generation=generation, loss="last-turn", tools=pair.tools)
+        try:
+            halves = [render([*pair.prompt, answer]) for answer in (pair.chosen, pair.rejected)]
+        except InputError as error:
+            raise InputError(f"pair {number}: {error}") from None
+        longest = max(len(half.ids) for half in halves)
+        if max_length is None or longest <= max_length:
+            kept += halves
+        elif too_long == "drop":
+            dropped, lost_tokens = dropped + 2, lost_tokens + sum(len(half.ids) for half in halves)
+        else:
+            raise LongerThanLimit(
+                f"pair {number} has {longest} tokens, the limit is {max_length}: "
+                "raise the limit, or choose too_long='drop'"
+            )
+    return Documents(kept, 0, 0, dropped, 0, lost_tokens)
 
 
 def _split(
@@ -186,7 +241,7 @@ def _limited(sources: Iterable[list[Document]], max_length: int | None, too_long
         for ids, mask in documents:
             excess = 0 if max_length is None else max(0, len(ids) - max_length)
             if excess and too_long == "error":
-                raise InputError(
+                raise LongerThanLimit(
                     f"{what} {number} has {len(ids)} tokens, the limit is {max_length}: "
                     f"raise the limit, or choose too_long={' or '.join(map(repr, allowed[:-1]))}"
                 )

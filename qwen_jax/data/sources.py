@@ -1,28 +1,237 @@
-"""Conversations by name: where an experiment's `dataset` field leads."""
+"""Data sets by name: where an experiment's `dataset` field leads.
 
-from collections.abc import Sequence
+A data set is one source or several, separated by commas, each with a weight after a colon or none:
 
+    chitchat                              a name of NAMES
+    chats.jsonl.gz   chats/   gs://b/c/*.parquet   files of records (`data.files`), in a format of `data.formats`
+    my_chats   my_chats/config:1.0.0      a TFDS data set, its records in such a format
+    a.jsonl:0.7,b.parquet:0.3             a mixture: seven rows of the first to three of the second, for ever
+    a.jsonl,b.parquet                     all of both, once an epoch
+
+A split of a source that has none by that name is told by a hash of what is said: of files, a twentieth is "validation",
+whatever is added or removed, and copies of a conversation are never in both.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from qwen_jax.data import files, formats, packages
 from qwen_jax.errors import InputError
 
 NAMES = ("chitchat", "made-up")
+HELD_OUT = 5  # percent
+_SPLITS = {"train": range(HELD_OUT, 100), "validation": range(HELD_OUT)}
+_LISTS = ("messages", "conversations", "chosen", "rejected", "prompt", "tools", "history")
 
 
-def load(name: str, split: str) -> Sequence[list[dict[str, str]]]:
-    """Returns the conversations of a split ("train", "validation", "test"), each a list of OpenAI messages.
+class Part(Protocol):
+    """What records are read from: a file, a TFDS split, a list."""
+
+    name: str
+    unit: str  # what the numbers of records count
+
+    def fingerprint(self) -> str | None:
+        """Hash of the content; None of what is in memory anyway."""
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        """Yields (number, record), in order; a record is JSON as bytes, an object, or a `formats.BadRecord`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of a data set.
+
+    Attributes:
+      name: as the user wrote it, without its weight.
+      parts: what it is read from, in order.
+      weight: of its rows in a mixture; None where none was given.
+      percents: which of the hundred hash classes of records belong to the split (`formats.percent_of`).
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    weight: float | None = None
+    percents: range = range(100)
+
+
+def find(dataset: str, split: str, *, hold_out: bool = True) -> list[Source]:
+    """Finds what a data set consists of; reads no record yet.
 
     Args:
-      name: "chitchat", 4,000 chats between people, fetched from the package registry on first use; or "made-up", sums
-        asked and answered, made on the spot.
+      dataset: as the module says.
+      split: "train", "validation", "test", or another that the source has.
+      hold_out: if False, a source without splits is taken whole.
 
     Raises:
-      InputError: on an unknown name or split, or where the data cannot be had.
+      InputError: a source is not found, or has no such split; or only some have weights.
     """
-    if name == "chitchat":
+    named = [_weighted(text.strip()) for text in dataset.split(",") if text.strip()]
+    if not named:
+        raise InputError(f"no data set is named; expected {', '.join(NAMES)}, files, or a TFDS data set")
+    weights = [weight for _, weight in named]
+    if any(weight is not None and weight <= 0 for weight in weights):
+        raise InputError(f"{dataset}: the weight of a source has to be above 0")
+    if None in weights and any(weight is not None for weight in weights):
+        raise InputError(f"{dataset}: only some of its sources have a weight; expected all or none, as in a:0.7,b:0.3")
+    return [dataclasses.replace(_source(name, split, hold_out), weight=weight) for name, weight in named]
+
+
+def load(dataset: str, split: str) -> Sequence[list[dict]] | Iterator[list[dict]]:
+    """The conversations of a split, each a list of OpenAI messages, in order.
+
+    Args:
+      dataset: as the module says; weights are of no matter.
+      split: as in `find`.
+
+    Raises:
+      InputError: as `find`; also, while it is read, on the first record that is no conversation.
+    """
+    if dataset == "chitchat":
         from qwen_jax.data import chitchat
 
         return chitchat.load(split)
-    if name == "made-up":
+    if dataset == "made-up":
         from qwen_jax.data import made_up
 
         return made_up.load(split)
-    raise InputError(f"no dataset is called {name!r}; expected one of {', '.join(NAMES)}")
+    return _conversations(find(dataset, split))
+
+
+def _conversations(sources: list[Source]) -> Iterator[list[dict]]:
+    for source in sources:
+        for part in source.parts:
+            name = None
+            for number, record in part.records():
+                try:
+                    record = formats.parsed(record)
+                    name = name or formats.detect(record)
+                    messages = formats.conversation(record, name).messages
+                except formats.BadRecord as error:
+                    raise InputError(f"{part.name}, {part.unit} {number}: {error}") from None
+                if formats.percent_of(formats.content_hash(messages)) in source.percents:
+                    yield messages
+
+
+def _weighted(text: str) -> tuple[str, float | None]:
+    name, colon, tail = text.rpartition(":")
+    try:
+        return (name, float(tail)) if colon and name else (text, None)
+    except ValueError:
+        return text, None
+
+
+def _source(name: str, split: str, hold_out: bool) -> Source:
+    if name == "chitchat":
+        from qwen_jax.data import chitchat
+
+        return Source(name, (Examples.of(chitchat.build(), split),))
+    if name == "made-up":
+        from qwen_jax.data import made_up
+
+        return Source(name, (Listed(f"{name} {split}", made_up.load(split)),))
+    if files.looks_like_path(name):
+        return Source(name, tuple(files.find(name)), percents=_percents(name, split, hold_out))
+    builder = _tfds_builder(name)
+    splits = builder.info.splits
+    if split in splits and not (split == "train" and hold_out and "validation" not in splits):
+        return Source(name, (Examples(name, builder, split),))
+    if "train" not in splits:
+        raise InputError(f"{name}: no split {split!r}; TFDS has {', '.join(splits)} of it")
+    return Source(name, (Examples(name, builder, "train"),), percents=_percents(name, split, hold_out))
+
+
+def _percents(name: str, split: str, hold_out: bool) -> range:
+    if not hold_out:
+        return range(100)
+    if split not in _SPLITS:
+        raise InputError(f"{name}: no split {split!r}; expected one of {', '.join(_SPLITS)}")
+    return _SPLITS[split]
+
+
+def _tfds_builder(name: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, try_gcs=False)
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # what is prepared already stays in its format
+            builder.download_and_prepare(file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        raise InputError(
+            f"no data set is called {name!r}: it is none of {', '.join(NAMES)}, no file or folder, and TFDS knows none "
+            "of that name"
+        ) from None
+    except Exception as error:  # whatever a builder of others raises where its data cannot be had
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"TFDS cannot give {name}: {reason}") from None
+    # The others need TensorFlow, and TFDS 4.9.10 leaves out half of a split that it writes as Parquet.
+    if (stored := builder.info.file_format.value) != "array_record":
+        raise InputError(
+            f"TFDS has {name} in {builder.data_dir} as {stored}, which cannot be read here; expected array_record: "
+            f"remove it, or prepare it with `tfds build {name} --file_format=array_record`"
+        )
+    return builder
+
+
+class Listed(NamedTuple):
+    """Records in memory."""
+
+    name: str
+    items: Sequence[Any]
+    unit: str = "number"
+
+    def fingerprint(self) -> None:
+        return None
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.items)
+
+
+class Examples(NamedTuple):
+    """The examples of a TFDS split."""
+
+    name: str
+    builder: Any
+    split: str
+    unit: str = "example"
+
+    @classmethod
+    def of(cls, folder: pathlib.Path, split: str) -> "Examples":
+        """The split of a data set that was prepared in a folder."""
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(folder)
+        if split not in builder.info.splits:
+            raise InputError(f"{builder.name}: no split {split!r}; there are {', '.join(builder.info.splits)}")
+        return cls(builder.name, builder, split)
+
+    def fingerprint(self) -> str:
+        paths = self.builder.info.splits[self.split].filepaths
+        return hashlib.sha256(json.dumps([packages.file_sha256(path) for path in paths]).encode()).hexdigest()
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        source = self.builder.as_data_source(self.split)
+        return ((number, _plain(source[number])) for number in range(len(source)))
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """TFDS's arrays and bytes as the lists and texts that they were; a list of objects comes as an object of lists."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, dict):
+        plain = {key: _plain(inner, key) for key, inner in value.items()}
+        if name in _LISTS and plain and all(isinstance(inner, list) for inner in plain.values()):
+            return [dict(zip(plain, turn, strict=True)) for turn in zip(*plain.values(), strict=True)]
+        return plain
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+        return _plain(value, name) if isinstance(value, bytes | list) else value
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
