@@ -20,7 +20,8 @@ from qwen_jax import config as configs
 from qwen_jax import sharding, tokenizer
 from qwen_jax.batches import LMBatch
 from qwen_jax.config import QwenConfig
-from qwen_jax.data import conversations, packing, sources
+from qwen_jax.data import conversations, datasets, sources
+from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import command, pretrained, supervised, workdir
@@ -36,11 +37,12 @@ class Config:
     optimizer: OptimizerConfig
     loop: LoopConfig
     base: str = ""  # Hugging Face folder or workdir of a run to start from; "random" starts from nothing
-    dataset: str = "chitchat"  # a name that data.sources knows
+    dataset: str = "chitchat"  # a name, files, or a mixture: see data.sources
+    validation_dataset: str = ""  # such another; empty: a split of the first
+    format: str = "auto"  # of records in files: one of data.formats
+    bad_records: datasets.BadRecords = "error"  # "skip" leaves out what cannot be learned from
     template: str = "qwen2"  # the Qwen generation whose chat format is used
-    loss: str = (
-        "assistant"  # what is learned: "assistant", "last-turn", or "qwen-finetune" as the published script does
-    )
+    loss: str = "assistant"  # what is learned; or "last-turn", or "qwen-finetune" as the published script does
     too_long: conversations.TooLong = "split"  # what becomes of a conversation of more than `length` tokens
     length: int = 256
     batch_size: int = 8
@@ -117,15 +119,15 @@ def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
     return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
 
 
-def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> packing.PackedRows:
-    """Returns the packed rows of one split, and says what became of its conversations."""
-    documents = conversations.chat_documents(
-        sources.load(config.dataset, split), tok, generation=config.template, loss=config.loss,
-        max_length=config.length, too_long=config.too_long,
+def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> Sequence[LMBatch]:
+    """Returns the packed rows of one split, and says what became of its records."""
+    rendering = Rendering(config.template, config.loss, config.length, config.too_long, config.format)
+    made = datasets.rows(
+        split == "validation" and config.validation_dataset or config.dataset, split, tok, rendering,
+        bad_records=config.bad_records, hold_out=not config.validation_dataset,
     )  # fmt: skip
-    packed = packing.PackedRows(documents.documents, config.length)
-    print(f"[sft] {split}: {documents}; {len(packed)} rows, {packed.efficiency:.1%} full", flush=True)
-    return packed
+    print(*(f"[sft] {split}: {line}" for line in made.told), sep="\n", flush=True)
+    return made.rows
 
 
 def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from qwen_jax.batches import LMBatch
-from qwen_jax.data.packing import empty_row
+from qwen_jax.data.packing import MixedRows, empty_row
 from qwen_jax.errors import InputError
 
 
@@ -29,7 +29,8 @@ def batches(
     """Iterates over batches of rows.
 
     Each epoch goes over every row once, in a new order. With `repeat`, epochs follow each other without a gap: a batch
-    may hold the end of one and the start of the next. Without, there is one epoch, and the last batch is filled up with
+    may hold the end of one and the start of the next. Of MixedRows, each part has epochs of its own, and its share of
+    all rows is by weight at any time. Without, there is one epoch, and the last batch is filled up with
     empty rows (segment 0, loss_mask 0), so that shapes stay the same.
 
     The state, `iterator.get_state()`, is the dict `{"next_index": n}`, n an int: how many batches were taken. It is
@@ -59,17 +60,26 @@ def batches(
         raise InputError(f"batch_size {batch_size} cannot be shared evenly by {process_count} processes")
     if not 0 <= process_index < process_count:
         raise InputError(f"process_index {process_index} is not one of {process_count} processes (0 is the first)")
-    # Only row numbers go through grain, so that a process touches no row but its own.
-    numbers = grain.MapDataset.range(len(rows))
-    if shuffle:
-        # grain takes seed + epoch as the seed of an epoch: without this, seed 1 would start with epoch 2 of seed 0.
-        numbers = numbers.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    if repeat:
-        numbers = numbers.repeat()
+    numbers = _numbers(rows, seed if shuffle else None, repeat)
     share = batch_size // process_count
     reader = _Reader(rows, share * process_index, share * (process_index + 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(numbers.batch(batch_size).map(reader).to_iter_dataset(options))
+
+
+def _numbers(rows: Sequence[LMBatch], seed: int | None, repeat: bool) -> grain.MapDataset:
+    """The order of the rows. Only their numbers go through grain, so that a process touches no row but its own."""
+    parts = rows.parts if repeat and isinstance(rows, MixedRows) else [rows]
+    orders, start = [], 0
+    for place, part in enumerate(parts):
+        order = grain.MapDataset.range(start, start + len(part))
+        if seed is not None:
+            # grain takes seed + epoch as the seed of an epoch: without this, seed 1 would start with epoch 2 of seed 0.
+            mixed = np.random.SeedSequence(seed, spawn_key=(place,) if place else ())
+            order = order.shuffle(seed=int(mixed.generate_state(1)[0]))
+        orders.append(order.repeat() if repeat else order)
+        start += len(part)
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=rows.weights)
 
 
 def evaluation(

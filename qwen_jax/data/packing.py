@@ -17,6 +17,22 @@ from qwen_jax.data.conversations import Document
 from qwen_jax.errors import InputError
 
 
+class Joined(Sequence):
+    """Sequences laid end to end."""
+
+    def __init__(self, parts: Sequence[Sequence]):
+        self.parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int):
+        index = _checked(index, len(self))
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[place][index - int(self._ends[place])]  # counted from the end of the part
+
+
 class _Rows(Sequence):
     length: int
     tokens: int
@@ -117,6 +133,30 @@ class StreamRows(_Rows):
             place += 1
 
 
+class MixedRows(Joined, _Rows):
+    """Rows of several sources, which `loader.batches` draws by weight; in their own order, those of each in turn.
+
+    Args:
+      parts: rows of each source, of one length.
+      weights: [parts] above 0; their proportions are what counts.
+
+    Attributes:
+      parts, weights: as given.
+      length: T.
+      tokens: how many tokens the rows hold together.
+    """
+
+    def __init__(self, parts: Sequence[_Rows], weights: Sequence[float]):
+        super().__init__(parts)
+        self.weights = tuple(weights)
+        self.length, self.tokens = parts[0].length, sum(part.tokens for part in parts)
+
+    def first(self, count: int) -> list[LMBatch]:
+        """Returns the first rows of each part, in the proportions of the weights; all where there are fewer."""
+        shares = [round(count * weight / sum(self.weights)) for weight in self.weights]
+        return [row for part, share in zip(self.parts, shares, strict=True) for row in part.first(max(1, share))]
+
+
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Best-fit decreasing bin packing.
 
@@ -172,7 +212,9 @@ def _row(pieces: Iterable[tuple[np.ndarray, np.ndarray, int]], length: int) -> L
 def _lengths(documents: Sequence[Document], length: int) -> np.ndarray:
     if length < 1:
         raise InputError(f"a row has {length} tokens; it needs at least 1")
-    lengths = np.fromiter((len(document.ids) for document in documents), np.int64, len(documents))
+    lengths = getattr(documents, "lengths", None)  # what is stored need not be read to be measured
+    if lengths is None:
+        lengths = np.fromiter((len(document.ids) for document in documents), np.int64, len(documents))
     if not lengths.sum():
         raise InputError(f"there is nothing to pack: {len(lengths)} documents hold no tokens")
     return lengths

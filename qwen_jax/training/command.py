@@ -1,14 +1,12 @@
 """The command line of an experiment: a recipe's name, a workdir, and flags made from the recipe's own dataclass."""
 
 import argparse
-import contextlib
 import difflib
-import io
 import logging
 import sys
 from collections.abc import Callable
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, boxes_as_lines
 from qwen_jax.training.preemption import EXIT_CODE, Preempted
 
 
@@ -62,27 +60,15 @@ def parse(doc: str, recipes: dict[str, Callable], argv: list[str]):
     except argparse.ArgumentError:
         raise InputError("--workdir has no value; expected a folder for this run's checkpoints and figures") from None
     default = recipes[argv[0]]()
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            config, unknown = tyro.cli(
-                type(default), default=default, args=rest, return_unknown_args=True, prog=argv[0], description=doc
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        raise InputError(_unboxed(told.getvalue())) from None
+    with boxes_as_lines():
+        config, unknown = tyro.cli(
+            type(default), default=default, args=rest, return_unknown_args=True, prog=argv[0], description=doc
+        )
     if unknown:
         raise InputError(f"unknown flag {unknown[0]!r}; nearest: {', '.join(_nearest(unknown[0], default))}")
     if not known.workdir:
         raise InputError("--workdir is missing; expected a folder for this run's checkpoints and figures")
     return argv[0], known.workdir, config
-
-
-def _unboxed(text: str) -> str:
-    """Returns what tyro says in a box, up to its first rule, as one line."""
-    lines = [line.strip(" │╭╮╰╯─") for line in text.split("│ ─")[0].splitlines()[1:]]
-    return " ".join(line for line in lines if line)
 
 
 def _summary(function: Callable) -> str:
