@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.data import loader
-from qwen_jax.data.packing import PackedRows
+from qwen_jax.data.packing import MixedRows, PackedRows
 from qwen_jax.errors import InputError
 
 from . import made_up
@@ -156,3 +156,53 @@ def test_sizes_that_do_not_fit_are_refused(arguments, message):
 def test_no_rows_is_refused():
     with pytest.raises(InputError, match="no rows"):
         loader.batches([], batch_size=1, seed=0)
+
+
+def mixed(*counts, weights):
+    """Parts whose rows hold the tokens 1…, 1001…, 2001…"""
+    parts = [numbered_rows(count) for count in counts]
+    for place, part in enumerate(parts):
+        for document in part._documents:
+            document.ids[:] += 1000 * place
+    return MixedRows(parts, weights)
+
+
+@pytest.mark.parametrize("weights", [(0.75, 0.25), (3, 1), (0.1, 0.9)])
+def test_a_mixture_draws_by_weight_and_goes_through_each_part_evenly(weights):
+    rows = mixed(7, 5, weights=weights)
+    numbers = row_numbers(take(loader.batches(rows, batch_size=4, seed=3), 60))
+    parts = [[n % 1000 for n in numbers if n // 1000 == place] for place in range(2)]
+    share = weights[0] / sum(weights)
+    assert abs(len(parts[0]) / 240 - share) < 0.01
+    for count, part in zip((7, 5), parts, strict=True):
+        epochs = [part[i : i + count] for i in range(0, len(part) - count, count)]
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) > 1
+    for end in range(20, 240, 20):  # at any time
+        assert abs(sum(n < 1000 for n in numbers[:end]) - share * end) <= 2
+
+
+def test_the_parts_of_a_mixture_are_shuffled_apart():
+    numbers = row_numbers(take(loader.batches(mixed(40, 40, weights=(1, 1)), batch_size=4, seed=3), 20))
+    assert [n for n in numbers if n < 1000] != [n - 1000 for n in numbers if n >= 1000]
+
+
+def test_a_mixture_resumes_exactly_on_another_number_of_processes():
+    rows = mixed(7, 5, weights=(0.6, 0.4))
+    iterator = loader.batches(rows, batch_size=4, seed=1)
+    take(iterator, 9)
+    state = iterator.get_state()
+    expected = row_numbers(take(iterator, 5))
+    shares = [loader.batches(rows, batch_size=4, seed=1, process_index=i, process_count=2) for i in range(2)]
+    for share in shares:
+        share.set_state(state)
+    found = [row_numbers([next(share)]) for _ in range(5) for share in shares]
+    assert state == {"next_index": 9} and sum(found, []) == expected
+
+
+def test_a_mixture_is_evaluated_row_by_row_and_its_first_rows_are_of_all_parts():
+    rows = mixed(7, 5, weights=(0.6, 0.4))
+    whole = [*range(7), *range(1000, 1005)]
+    assert row_numbers(loader.evaluation(rows, batch_size=4)) == whole
+    assert [int(row.tokens[0]) - 1 for row in rows.first(5)] == [0, 1, 2, 1000, 1001]
+    assert len(rows) == 12 and int(rows[-1].tokens[0]) - 1 == 1004 and rows.efficiency == 1
