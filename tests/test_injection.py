@@ -8,18 +8,23 @@ road that lost the text on the way, or a check that sees nothing, fails too.
 import collections
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import pathlib
+import tempfile
 import types
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from experiments import pretrain, quickstart, sft
 from qwen_jax import chat, rollout, tokenizer
-from qwen_jax.data import conversations, sources
+from qwen_jax.data import conversations, made_up, sources, token_cache
+from qwen_jax.data.tokenising import Rendering
 from qwen_jax.tokenizer import __main__ as command
 from qwen_jax.tokenizer import controls
 from tests.conftest import tiny
@@ -107,14 +112,42 @@ def trained_on(experiment):
     """The rows an experiment trains on, where a chat of its data set says the text."""
 
     def road(world, text):
+        chats = [said(text, role) for role in ("user", "assistant")]
         fields = {"template": world.generation} if experiment is sft else {}
         config = dataclasses.replace(experiment.smoke(), length=8192, **fields)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "load", lambda name, split: [said(text, role) for role in ("user", "assistant")])
+            patch.setattr(sources, "load", lambda name, split: chats)
+            patch.setattr(made_up, "load", lambda split: chats)
             rows = experiment.rows(config, world.tok, "train")
         return [index for row in rows for index in row.tokens[row.segment_ids > 0].tolist()]
 
     return road
+
+
+def file_of(record, suffix=".jsonl", *, pairs=False):
+    """The tokens made of a file whose one record says the text."""
+
+    def road(world, text):
+        # A cache of its own: that of another walk was made by another tokenizer, which its files do not show.
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / f"a{suffix}"
+            if suffix == ".parquet":
+                parquet.write_table(pyarrow.Table.from_pylist([record(text)]), path)
+            else:
+                content = json.dumps([record(text)] if suffix == ".json" else record(text)).encode()
+                path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+            rendering = Rendering(world.generation, pairs=pairs)
+            found = sources.find(str(path), "train", hold_out=False)
+            (made,) = token_cache.tokenised(found, world.tok, rendering, folder=pathlib.Path(folder) / "cache")
+            assert not made.accounts[0].bad, made.accounts[0].lines()
+            return joined(made.documents)
+
+    return road
+
+
+def sharegpt(human, gpt, **fields):
+    turns = (("human", human), ("gpt", gpt))
+    return {"conversations": [{"from": name, "value": value} for name, value in turns]} | fields
 
 
 class Prompts(list):
@@ -235,6 +268,38 @@ ROADS = {
     "plain_text": chat_as_text,
     "pretrain, data set": trained_on(pretrain),
     "sft, data set": trained_on(sft),
+    "file, messages": file_of(lambda text: {"messages": said(text)}),
+    "file, messages, assistant": file_of(lambda text: {"messages": said(text, "assistant")}, ".json"),
+    "file, Parquet": file_of(lambda text: {"messages": said(text, "system")}, ".parquet"),
+    "file, ShareGPT": file_of(lambda text: sharegpt(text, HARMLESS), ".json"),
+    "file, ShareGPT, answer": file_of(lambda text: sharegpt(HARMLESS, text), ".jsonl.gz"),
+    "file, ShareGPT, system": file_of(lambda text: sharegpt(HARMLESS, HARMLESS, system=text)),
+    "file, Qwen": file_of(
+        lambda text: {"conversations": [{"from": m["role"], "value": m["content"]} for m in said(text)]}
+    ),
+    **{
+        f"file, Alpaca, {field}": file_of(
+            lambda text, field=field: (
+                {"instruction": HARMLESS, "output": HARMLESS}
+                | {field: [[text, HARMLESS]] if field == "history" else text}
+            )
+        )
+        for field in ("instruction", "input", "output", "system", "history")
+    },
+    **{
+        f"file, pair, {field}": file_of(
+            lambda text, field=field: {"prompt": HARMLESS, "chosen": "yes", "rejected": "no"} | {field: text},
+            pairs=True,
+        )
+        for field in ("prompt", "chosen", "rejected")
+    },
+    "file, pair, ShareGPT": file_of(
+        lambda text: (
+            sharegpt(HARMLESS, HARMLESS)
+            | {"chosen": {"from": "gpt", "value": text}, "rejected": {"from": "gpt", "value": "no"}}
+        ),
+        pairs=True,
+    ),
     "quickstart, prompts": quickstart_prompts,
     "chat, one shot": asked(lambda model, text: chat.run(dataclasses.replace(model.flags, prompt=text))),
     "chat, --system": asked(converse(HELLO), system=SAME),
