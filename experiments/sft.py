@@ -25,7 +25,7 @@ from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import command, pretrained, supervised, workdir
-from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
 
 
@@ -126,7 +126,8 @@ def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> Sequence[LMBat
         split == "validation" and config.validation_dataset or config.dataset, split, tok, rendering,
         bad_records=config.bad_records, hold_out=not config.validation_dataset,
     )  # fmt: skip
-    print(*(f"[sft] {split}: {line}" for line in made.told), sep="\n", flush=True)
+    for line in made.told:
+        say("sft", f"{split}: {line}")
     return made.rows
 
 
