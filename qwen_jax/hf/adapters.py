@@ -159,10 +159,10 @@ def _entries(layout: str, targets: tuple[str, ...]) -> list[Entry]:
     """The tensors of an adapter, from the layout's rows of the kernels: "NH,D->DNH" has A "R,D->DR", B "NH,R->RNH"."""
     entries = []
     for kernel in layouts.TABLES[layout]:
-        *parents, name, leaf = kernel.path.split("/")
-        if leaf != "kernel" or name not in targets:
+        path, _, leaf = kernel.path.rpartition("/")
+        if leaf != "kernel" or path.split("/")[-1] not in targets:
             continue
-        path, stem = "/".join([*parents, name]), kernel.name.removesuffix(".weight")
+        stem = kernel.name.removesuffix(".weight")
         out, inner = kernel.groups
         ours = out.replace("P", "")
         entries += [

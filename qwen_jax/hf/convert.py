@@ -53,7 +53,7 @@ def convert(
     def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
         whole = tuple(range(sizes[letter]) for letter in entry.ours)
         kept = source.read(origin[entry.path], place, whole)
-        return kept if added is None else added(entry, place, kept)
+        return kept if added is None else added(entry, place, kept).astype(kept.dtype)
 
     saving.write(
         dst,

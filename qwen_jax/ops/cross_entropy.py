@@ -50,7 +50,7 @@ def token_log_probs(
     logits_BTn = jnp.einsum(
         "BTD,nD->BTn", hidden_BTD, rows[1].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
     )
-    hit_BTn = targets_BT[:, :, None] == ids_n
+    hit_BTn = targets_BT[:, :, None] == ids_n[None, None]
     own_BT = jnp.sum(jnp.where(hit_BTn, logits_BTn, 0.0), axis=-1)
     target_BT = jnp.where(jnp.any(hit_BTn, axis=-1), own_BT, target_BT)
     return target_BT - jnp.logaddexp(logsumexp_BT, jax.nn.logsumexp(logits_BTn, axis=-1))
@@ -70,7 +70,7 @@ def _chunk_logits(hidden_BTD, head_PXCD, index, removed_n, vocab_size):
     )  # fmt: skip
     kept_PC = ids_PC < vocab_size
     if removed_n.size:
-        kept_PC &= ~jnp.any(ids_PC[:, :, None] == removed_n, axis=-1)
+        kept_PC &= ~jnp.any(ids_PC[:, :, None] == removed_n[None, None], axis=-1)
     if removed_n.size or vocab_size != P * X * C:
         logits_BTPC = jnp.where(kept_PC[None, None], logits_BTPC, NEG_INF)
     return logits_BTPC, ids_PC

@@ -61,7 +61,7 @@ def build(
     Args:
       init_params: (key, *frozen) -> parameters, traceable.
       param_axes: tree of logical axis names, one tuple for each parameter.
-      loss_fn: (params, batch, key, *frozen) -> Loss.
+      loss_fn: (params, batch, key) -> Loss, with the keyword frozen=(trees of arrays) where there are any.
       tx: the optimizer.
       batch: pytree of anything with shape [B, T, ...] and dtype, one global batch.
       layout: mesh and rules.
@@ -115,7 +115,7 @@ def build(
 
 
 def _reading(loss_fn, frozen: tuple) -> LossFn:
-    return lambda params, batch, key: loss_fn(params, batch, key, *frozen)
+    return functools.partial(loss_fn, frozen=frozen) if frozen else loss_fn
 
 
 def _shardings(structs):

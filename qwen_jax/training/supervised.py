@@ -70,7 +70,7 @@ def fit(
             workdir=workdir,
             initial=initial,
             validation=lambda: loader.evaluation(validation, batch_size=config.batch_size, **share),
-            flops_per_token=throughput.train_flops_per_token(config.model, config.length),
+            flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
             label=experiment,
             frozen=frozen,
         )
