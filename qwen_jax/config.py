@@ -17,10 +17,10 @@ from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
 REACH = {"yarn": Yarn, "dual_chunk": DualChunk, "v1_lengths": V1Lengths}  # fields that are dataclasses themselves
-_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 LORA_TARGETS = {
-    **{name: (name,) for name in _LINEARS},
-    **{f"{name}_proj": (name,) for name in _LINEARS},
+    **{name: (name,) for name in LINEARS},
+    **{f"{name}_proj": (name,) for name in LINEARS},
     **{"c_attn": ("q", "k", "v"), "c_proj": ("o", "down"), "w1": ("up",), "w2": ("gate",)},
 }
 
@@ -207,7 +207,7 @@ class LoraConfig:
             wanted |= set(LORA_TARGETS[name])
         if not wanted:
             raise InputError(f"lora.targets is empty; expected some of {', '.join(LORA_TARGETS)}")
-        object.__setattr__(self, "targets", tuple(name for name in _LINEARS if name in wanted))
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in wanted))
 
 
 def _qwen(hidden, layers, heads, intermediate, *, kv_heads=None, tied=False, vocab=151_936, **fields):

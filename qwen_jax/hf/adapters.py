@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qwen_jax import models
-from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.config import LINEARS, LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.hf import boxes, files, layouts
 from qwen_jax.hf.layouts import Entry
@@ -68,10 +68,10 @@ def load_adapter(path: str | os.PathLike, config: QwenConfig) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: holds no {WEIGHTS} (pickled adapters are never opened: they can run code)")
     held = {tensor.name.removeprefix(PREFIX): tensor for tensor in files.headers(folder / WEIGHTS)}
-    layout = "qwen" if any(name.startswith("transformer.") for name in held) else "qwen2"
+    layout = "qwen" if any(name.startswith("transformer.") for name in held) else "qwen2_moe"
     sizes = layouts.sizes(config) | {"R": fields["r"]}
     leaves, used = {}, set()
-    for entry in _entries(layout, tuple(models.lora.PLACES)):
+    for entry in _entries(layout, config):
         names = entry.names(config)
         here = [name for name in names if name in held]
         if here and len(here) < len(names):
@@ -83,12 +83,12 @@ def load_adapter(path: str | os.PathLike, config: QwenConfig) -> Adapter:
     spare = sorted(held.keys() - used - read)
     if spare or not leaves:
         raise InputError(
-            f"{folder}: holds {files.summary(spare) or 'no adapters'}; expected adapters of {layout} layers"
+            f"{folder}: holds {files.summary(spare) or 'no adapters'}; expected adapters of this model's layers"
         )
     tree = layouts.nested(leaves) | ({"rows": rows} if rows else {})
     lora = LoraConfig(
         rank=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
-        targets=tuple({path.split("/")[2] for path in leaves}), rslora=fields.get("use_rslora", False),
+        targets=tuple({path.split("/")[-2] for path in leaves}), rslora=fields.get("use_rslora", False),
         dora=fields.get("use_dora", False), row_ids=ids,
     )  # fmt: skip
     _check(folder, tree, models.lora.abstract(config, lora))
@@ -111,7 +111,7 @@ def save_adapter(path: str | os.PathLike, config: QwenConfig, adapter: Adapter, 
     """
     lora, leaves, tensors = adapter.lora, layouts.flat(adapter.tree), {}
     sizes = layouts.sizes(config) | {"R": lora.rank}
-    for entry in _entries("qwen2", lora.targets):
+    for entry in _entries("qwen2_moe", config):
         if entry.path in leaves:
             shape = tuple(int(np.prod([sizes[letter] for letter in group])) for group in entry.groups)
             for name, layer in zip(entry.names(config), on_host(leaves[entry.path]), strict=True):
@@ -145,7 +145,7 @@ def _fields(config: QwenConfig, adapter: Adapter, base: str) -> dict:
     fields = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none",
-        "target_modules": [f"{name}_proj" for name in lora.targets], "use_rslora": lora.rslora, "use_dora": lora.dora,
+        "target_modules": _modules(config, adapter), "use_rslora": lora.rslora, "use_dora": lora.dora,
         "fan_in_fan_out": False, "modules_to_save": None,
     }  # fmt: skip
     if ids and config.tie_word_embeddings:
@@ -155,20 +155,30 @@ def _fields(config: QwenConfig, adapter: Adapter, base: str) -> dict:
     return fields
 
 
-def _entries(layout: str, targets: tuple[str, ...]) -> list[Entry]:
+def _modules(config: QwenConfig, adapter: Adapter) -> list[str]:
+    """Returns peft's target_modules; with experts beside them, names that are not also those of the experts."""
+    leaves = layouts.flat(adapter.tree)
+    stems = [
+        entry.name.removesuffix(".lora_A.weight") for entry in _entries("qwen2_moe", config) if entry.path in leaves
+    ]
+    parts = 2 if config.num_experts else 1
+    return sorted({".".join(stem.split(".")[-parts:]) for stem in stems if not stem.endswith((".weight", "vector"))})
+
+
+def _entries(layout: str, config: QwenConfig) -> list[Entry]:
     """The tensors of an adapter, from the layout's rows of the kernels: "NH,D->DNH" has A "R,D->DR", B "NH,R->RNH"."""
     entries = []
-    for kernel in layouts.TABLES[layout]:
+    for kernel, _ in layouts.table(layout, config, models.abstract(config)):
         path, _, leaf = kernel.path.rpartition("/")
-        if leaf != "kernel" or path.split("/")[-1] not in targets:
+        if leaf != "kernel" or path.split("/")[-1] not in LINEARS:
             continue
         stem = kernel.name.removesuffix(".weight")
         out, inner = kernel.groups
         ours = out.replace("P", "")
         entries += [
-            Entry(f"{path}/a", f"{stem}.lora_A.weight", f"R,{inner}->{inner}R"),
-            Entry(f"{path}/b", f"{stem}.lora_B.weight", f"{out},R->R{ours}", kernel.part),
-            Entry(f"{path}/magnitude", f"{stem}.lora_magnitude_vector", f"{out}->{ours}", kernel.part),
+            Entry(f"{path}/a", f"{stem}.lora_A.weight", f"R,{inner}->{inner}R", None, kernel.layers),
+            Entry(f"{path}/b", f"{stem}.lora_B.weight", f"{out},R->R{ours}", kernel.part, kernel.layers),
+            Entry(f"{path}/magnitude", f"{stem}.lora_magnitude_vector", f"{out}->{ours}", kernel.part, kernel.layers),
         ]
     return entries
 

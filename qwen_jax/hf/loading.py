@@ -65,7 +65,7 @@ def load_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     source = Source(path)
     wanted = [(entry, struct) for entry, struct in source.rows if entry.path in ("embedding", "head")]
-    return {entry.path: source.read(entry, 0, tuple(map(range, struct.shape))) for entry, struct in wanted}
+    return {entry.path: source.read(entry, (), tuple(map(range, struct.shape))) for entry, struct in wanted}
 
 
 class Source:

@@ -137,7 +137,7 @@ def merge(joined: dict) -> dict:
             merged[name] = merge(value) if isinstance(value, dict) else value
     for name, rows in joined.get("rows", {}).items():
         if name != "ids":
-            table = joined[name]
+            table = jnp.asarray(joined[name])
             merged[name] = table.at[joined["rows"]["ids"]].set(rows.astype(table.dtype))
     return merged
 
