@@ -10,7 +10,8 @@ import pytest
 from qwen_jax import models, rollout
 from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
-from tests.conftest import FAMILIES, tiny
+from qwen_jax.ops.dropout import Dropout
+from tests.conftest import FAMILIES, MOE_FAMILIES, tiny
 
 KINDS = {
     "plain": LoraConfig(rank=3, alpha=5.0),
@@ -94,6 +95,31 @@ def test_dora_takes_the_length_as_constant():
 
     expected = jax.jit(jax.grad(fixed))(part["b"])
     np.testing.assert_allclose(found["layers"]["mlp"]["down"]["b"], expected, atol=1e-5 * np.abs(expected).max())
+
+
+WITH_EXPERTS = {"qwen2-moe": LoraConfig(rank=2), "qwen3-moe-some-dense": LoraConfig(rank=2)}
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_layers_with_experts_have_adapters_on_attention_and_the_shared_expert(name):
+    """Layers of several kinds, each stacked with its like, as one joined tree; dropout has keys for all of them."""
+    config, lora = MOE_FAMILIES[name], WITH_EXPERTS[name]
+    params, adapters = drawn(config, lora)
+    joined, ids = models.lora.join(params, adapters, lora), tokens(config)
+    expected = models.forward(config, models.lora.merge(params, adapters, lora), ids)
+    np.testing.assert_allclose(models.forward(config, joined, ids), expected, atol=1e-4)
+    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)}
+    assert any("'shared'" in path for path in paths) == (name == "qwen2-moe")
+    assert not any("'router'" in path or "'shared_gate'" in path for path in paths)
+    dropped = models.hidden_states(config, joined, ids, dropout=Dropout(jax.random.key(0), 0.1, 0.1))
+    assert np.all(np.isfinite(dropped)) and np.abs(dropped - models.hidden_states(config, joined, ids)).max() > 0.01
+
+
+def test_targets_that_only_routed_experts_have_are_refused():
+    with pytest.raises(
+        InputError, match="names gate, up, down, which this model has not .*; expected some of q, k, v, o"
+    ):
+        models.lora.abstract(MOE_FAMILIES["qwen3-moe"], LoraConfig(rank=2))
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "rows"])

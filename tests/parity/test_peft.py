@@ -22,9 +22,10 @@ KINDS = {
     "dora": dict(r=3, lora_alpha=3, target_modules=ALL, use_dora=True),
     "tokens": dict(r=2, target_modules=ALL, trainable_token_indices={"embed_tokens": [3, 60], "lm_head": [3, 60]}),
     "tied-tokens": dict(r=2, target_modules=ALL, trainable_token_indices=[3, 60]),
+    "moe": dict(r=2, target_modules=["q_proj", "o_proj", "shared_expert.gate_proj", "shared_expert.down_proj"]),
     "saved-modules": dict(r=2, target_modules=ALL, modules_to_save=["embed_tokens", "lm_head"]),
 }
-SHAPES = {"tied-tokens": "qwen2-tied", "all": "qwen3"}
+SHAPES = {"moe": "qwen2_moe", "tied-tokens": "qwen2-tied", "all": "qwen3"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
