@@ -20,13 +20,16 @@ import jax.numpy as jnp
 from qwen_jax import config as configs
 from qwen_jax import models, objectives, sharding, tokenizer
 from qwen_jax.batches import LMBatch, Loss
-from qwen_jax.config import QwenConfig
+from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import conversations, packing, sources
 from qwen_jax.errors import InputError
+from qwen_jax.ops.dropout import Dropout
 from qwen_jax.sharding import Layout, MeshConfig
 from qwen_jax.training import command, optimizer, pretrained, program, supervised, workdir
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
+
+FULL = LoraConfig()  # of rank 0: the whole model is trained
 
 
 @dataclass(frozen=True)
@@ -139,15 +142,26 @@ def language_model_loss(
     model: QwenConfig,
     layout: Layout,
     router: RouterLoss | None = None,
+    frozen: tuple = (),
+    lora: LoraConfig = FULL,
+    dropout: float = 0.0,
 ) -> Loss:
     """The objective of pretraining and of fine-tuning: they differ in the data's mask alone.
 
-    `router` is for models with experts and adds their balancing loss; None leaves the likelihood of the tokens alone.
+    Args:
+      params: the model, or the adapters of `lora` beside the `frozen` one.
+      batch: packed rows.
+      key: of dropout.
+      tally: of `router`, which is for models with experts and adds their balancing loss; None leaves the likelihood of
+        the tokens alone.
+      dropout: rate of the model's own; the adapters' is in `lora`.
     """
-    del key  # nothing random in it
+    if lora.rank:
+        params = models.lora.join(*frozen, params, lora)
+    noise = Dropout(key, dropout, lora.dropout) if dropout or lora.dropout else None
     log_probs_BT, routing = models.log_probs_and_routing(
         model, params, batch.tokens, batch.targets, positions=batch.positions, segment_ids=batch.segment_ids,
-        layout=layout,
+        layout=layout, dropout=noise,
     )  # fmt: skip
     mean, metrics = objectives.sft.loss(log_probs_BT, batch.loss_mask)
     weight = jnp.sum(batch.loss_mask)
@@ -159,8 +173,8 @@ def language_model_loss(
     return Loss.from_mean(mean + extra, weight, metrics | more, tally)
 
 
-def build(config, mesh: jax.sharding.Mesh) -> program.Program:
-    """Returns what a run of this config compiles on this mesh; touches no device."""
+def build(config, mesh: jax.sharding.Mesh, *, lora=FULL, dropout: float = 0.0) -> program.Program:
+    """Returns what a run of this config compiles on this mesh; touches no device. Dropout is off at evaluation."""
     layout = Layout(mesh)
     if config.seed < 0:
         raise InputError(f"seed is {config.seed}; expected 0 or more")
@@ -170,12 +184,21 @@ def build(config, mesh: jax.sharding.Mesh) -> program.Program:
         )
     ints = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
     floats = jax.ShapeDtypeStruct(ints.shape, jnp.float32)
+    model, trained = (
+        config.model,
+        dict(init_params=functools.partial(models.init, config.model), param_axes=models.axes(config.model)),
+    )
+    if lora.rank:
+        trained = dict(
+            init_params=functools.partial(models.lora.init, model, lora), param_axes=models.lora.axes(model, lora),
+            frozen=[(models.abstract(model), models.axes(model))],
+        )  # fmt: skip
+    loss_fn = functools.partial(language_model_loss, model=model, layout=layout)
     return program.build(
-        init_params=functools.partial(models.init, config.model),
-        param_axes=models.axes(config.model),
-        loss_fn=functools.partial(language_model_loss, model=config.model, layout=layout, router=config.router),
-        eval_loss_fn=functools.partial(language_model_loss, model=config.model, layout=layout),
-        tx=optimizer.make(config.optimizer, config.loop.steps),
+        **trained,
+        loss_fn=functools.partial(loss_fn, router=None if lora.rank else config.router, lora=lora, dropout=dropout),
+        eval_loss_fn=functools.partial(loss_fn, lora=dataclasses.replace(lora, dropout=0.0)),
+        tx=optimizer.make(config.optimizer, config.loop.steps, rates={"b": lora.b_rate} if lora.b_rate != 1 else None),
         batch=LMBatch(tokens=ints, targets=ints, loss_mask=floats, segment_ids=ints, positions=ints),
         layout=layout,
         microbatches=config.microbatches,

@@ -45,6 +45,7 @@ class Chat:
     """The flags."""
 
     checkpoint: str  # a Hugging Face folder, or the workdir of a run
+    adapter: str = ""  # folder of a peft LoRA adapter to add to it
     prompt: str | None = None  # answer this once and leave
     input: str | None = None  # a file of JSON lines to answer; "-" for the standard input
     output: str = "-"  # where the answers to --input go
@@ -142,7 +143,7 @@ def load(flags: Chat) -> Model:
     if flags.tensor > 1:
         mesh_config = sharding.MeshConfig(fsdp=1, tensor=flags.tensor)
         layout = Layout(sharding.make_mesh(mesh_config, jax.devices()[: flags.tensor]))
-    config, params = _weights(flags.checkpoint, pretrained.is_run(flags.checkpoint), dtype, layout)
+    config, params = _weights(flags, dtype, layout)
     if tok.vocab_size > config.vocab_size:
         raise InputError(
             f"{flags.checkpoint}: the tokenizer has {tok.vocab_size} tokens, the model {config.vocab_size} rows"
@@ -150,18 +151,25 @@ def load(flags: Chat) -> Model:
     return Model(config, rollout.prepare(config, params, layout=layout), tok, flags)
 
 
-def _weights(path: str, is_run: bool, dtype: str, layout: Layout) -> tuple[QwenConfig, dict]:
+def _weights(flags: Chat, dtype: str, layout: Layout) -> tuple[QwenConfig, dict]:
     from qwen_jax import hf
-    from qwen_jax.training import checkpoint, workdir
+    from qwen_jax.training import pretrained
 
-    if not is_run:
-        config, params = hf.load(path, dtype=dtype, mesh=layout.mesh)
-        return config.replace(dtype=dtype), params
-    config = workdir.model_config(path).replace(dtype=dtype)
-    places = None
-    if layout.mesh is not None:
-        places = sharding.tree_shardings(models.axes(config), models.abstract(config), layout)
-    return config, checkpoint.load_params(path, shardings=places)[1]
+    config = pretrained.read_config(flags.checkpoint).replace(dtype=dtype)
+    if not pretrained.is_run(flags.checkpoint):
+        config = config.replace(param_dtype=dtype)
+    shapes = models.abstract(config)
+    if layout.mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: one, shapes)
+    else:
+        places = sharding.tree_shardings(models.axes(config), shapes, layout)
+    put = lambda struct, place: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
+    params = pretrained.load_params(flags.checkpoint, jax.tree.map(put, shapes, places))
+    if flags.adapter:
+        adapter = hf.load_adapter(flags.adapter, config)
+        params = jax.jit(adapter.merge, out_shardings=places, donate_argnums=0)(params)
+    return config, params
 
 
 def converse(model: Model, ask: Callable[[str], str] = input, out: TextIO | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The shape of every published Qwen, as plain data: `QwenConfig` and the registry of names.
+"""The shape of every published Qwen, as plain data: `QwenConfig` and the registry of names; and LoRA's `LoraConfig`.
 
 Field names are those of the published config.json files. Sizes: the Qwen, Qwen2, Qwen2.5 and Qwen3 reports
 (arXiv:2309.16609 table 1, 2407.10671 table 1, 2412.15115 table 1, 2505.09388 table 1) and the config.json files of the
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from qwen_jax.errors import InputError
 from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
@@ -16,6 +17,12 @@ from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
 REACH = {"yarn": Yarn, "dual_chunk": DualChunk, "v1_lengths": V1Lengths}  # fields that are dataclasses themselves
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LORA_TARGETS = {
+    **{name: (name,) for name in LINEARS},
+    **{f"{name}_proj": (name,) for name in LINEARS},
+    **{"c_attn": ("q", "k", "v"), "c_proj": ("o", "down"), "w1": ("up",), "w2": ("gate",)},
+}
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,47 @@ def _check_names(kind: type, fields: dict) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3) or names
             raise InputError(f"{kind.__name__} has no field {name!r}; nearest: {', '.join(near)}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is trained beside a frozen model (arXiv:2106.09685). Rank 0: nothing, the model itself is trained.
+
+    Targets are ours (q, k, v, o, gate, up, down) or published names: q_proj and its like, and Qwen v1's c_attn
+    (q, k, v), c_proj (o and down), w1 (up), w2 (gate).
+
+    Raises:
+      InputError: on a value out of range or an unknown target; the message names the field.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0  # A·B is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapters' input while training
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    rslora: bool = False  # scaled by alpha / sqrt(rank) instead (arXiv:2312.03732)
+    dora: bool = False  # a trained length for each output (arXiv:2402.09353)
+    b_rate: float = 1.0  # LoRA+ (arXiv:2402.12354): how many times the learning rate of the others B has; 16 there
+    # Rows of embedding and head of the control tokens that chats are made of. "auto" trains those that the base has not
+    # trained, "train" all of them, "freeze" none: refused where the base has not trained them.
+    control_rows: Literal["auto", "train", "freeze"] = "auto"
+    row_ids: tuple[int, ...] = ()  # which rows that came to; a run fills it in
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise InputError(f"lora.rank is {self.rank}; expected 1 or more, or 0 for no LoRA")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout is {self.dropout}; expected 0 to less than 1")
+        for name in ("alpha", "b_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"lora.{name} is {getattr(self, name)}; expected a finite number above 0")
+        wanted = set()
+        for name in self.targets:
+            if name not in LORA_TARGETS:
+                raise InputError(f"lora.targets names {name!r}; expected some of {', '.join(LORA_TARGETS)}")
+            wanted |= set(LORA_TARGETS[name])
+        if not wanted:
+            raise InputError(f"lora.targets is empty; expected some of {', '.join(LORA_TARGETS)}")
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in wanted))
 
 
 def _qwen(hidden, layers, heads, intermediate, *, kv_heads=None, tied=False, vocab=151_936, **fields):

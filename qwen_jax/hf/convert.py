@@ -1,9 +1,9 @@
-"""Rewrites a checkpoint folder: another dtype, other file sizes, Qwen v1 into the qwen2 layout.
+"""Rewrites a checkpoint folder: another dtype, other file sizes, Qwen v1 into the qwen2 layout, a LoRA adapter added.
 
 python -m qwen_jax.hf.convert SRC DST --dtype bfloat16 --shard-bytes 2000000000
 
 SRC is a Hugging Face folder (config.json + safetensors), not a run's workdir. One tensor is in memory at a time, and no
-device is used.
+device is used but to add an adapter.
 """
 
 import pathlib
@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from qwen_jax.errors import InputError
-from qwen_jax.hf import files, layouts, loading, saving, settings
+from qwen_jax.hf import adapters, files, layouts, loading, saving, settings
 from qwen_jax.hf.layouts import Entry
+from qwen_jax.ops import lora
 
 # What a model needs beside its weights. No code: v1's tokenization_*.py stays behind.
 COMPANIONS = (
@@ -25,7 +26,12 @@ TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.jso
 
 
 def convert(
-    src: pathlib.Path, dst: pathlib.Path, *, dtype: str | None = None, shard_bytes: int = saving.SHARD_BYTES
+    src: pathlib.Path,
+    dst: pathlib.Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = saving.SHARD_BYTES,
+    adapter: pathlib.Path | None = None,
 ) -> None:
     """Writes the model of `src` to `dst` in the qwen2 or qwen3 layout, with its tokenizer files.
 
@@ -34,17 +40,20 @@ def convert(
       dst: as the target of `save`.
       dtype: of the tensors; None keeps them.
       shard_bytes: as in `save`.
+      adapter: a peft folder, merged in; the sums are in float32.
 
     Raises:
       InputError: as `load` and `save` do.
     """
     source = loading.Source(src, dtype)
     sizes = layouts.sizes(source.config)
+    added = None if adapter is None else _adding(adapters.load_adapter(adapter, source.config))
     origin = {entry.path: entry for entry, _ in source.rows}
 
     def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
         whole = tuple(range(sizes[letter]) for letter in entry.ours)
-        return source.read(origin[entry.path], place, whole)
+        kept = source.read(origin[entry.path], place, whole)
+        return kept if added is None else added(entry, place, kept).astype(kept.dtype)
 
     saving.write(
         dst,
@@ -56,6 +65,25 @@ def convert(
         drop=COMPANIONS,  # those of another model must not stand beside these weights
         companions=tuple(source.folder / name for name in COMPANIONS if (source.folder / name).is_file()),
     )
+
+
+def _adding(adapter: adapters.Adapter):
+    """Returns (row, place, parameter) -> the parameter with the adapter added, in float32 where it has a part in it."""
+    leaves = layouts.flat(adapter.tree)
+    factor = lora.scale(adapter.lora.rank, adapter.lora.alpha, rslora=adapter.lora.rslora)
+
+    def add(entry: Entry, place: tuple[int, ...], kept: np.ndarray) -> np.ndarray:
+        if f"rows/{entry.path}" in leaves:
+            whole = kept.astype(np.float32)
+            whole[list(adapter.lora.row_ids)] = leaves[f"rows/{entry.path}"]
+            return whole
+        path = entry.path.removesuffix("/kernel")
+        parts = {name: leaves[f"{path}/{name}"][place] for name in lora.ADAPTER if f"{path}/{name}" in leaves}
+        if not parts or path == entry.path:
+            return kept
+        return np.asarray(lora.merge_kernel(kept.astype(np.float32), parts | {"b": parts["b"] * factor}))
+
+    return add
 
 
 def _fields(source: loading.Source) -> dict:
@@ -77,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         /,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         shard_bytes: int = saving.SHARD_BYTES,
+        adapter: pathlib.Path | None = None,
     ) -> None:
         """Rewrites a Hugging Face checkpoint folder.
 
@@ -85,8 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
             dst: Folder to write; a checkpoint that is there is replaced.
             dtype: Of the tensors; as they are if not given.
             shard_bytes: Largest size of one file of tensors.
+            adapter: Folder of a peft LoRA adapter to merge in.
         """
-        convert(src, dst, dtype=dtype, shard_bytes=shard_bytes)
+        convert(src, dst, dtype=dtype, shard_bytes=shard_bytes, adapter=adapter)
         print(f"wrote {dst}")
 
     try:

@@ -63,7 +63,7 @@ def scan(folder: pathlib.Path) -> dict[str, Tensor]:
       InputError: no safetensors, a file of the index is missing, or a header does not fit its file.
     """
     if (folder / SINGLE).is_file():
-        return {tensor.name: tensor for tensor in _headers(folder / SINGLE)}
+        return {tensor.name: tensor for tensor in headers(folder / SINGLE)}
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: {_what_instead(folder)}")
     places = read_json(folder / INDEX).get("weight_map")
@@ -78,11 +78,12 @@ def scan(folder: pathlib.Path) -> dict[str, Tensor]:
         raise InputError(
             f"{folder}: {len(absent)} of {len(shards)} files of the index are missing: {', '.join(absent)}"
         )
-    found = [tensor for file in shards for tensor in _headers(folder / file)]
+    found = [tensor for file in shards for tensor in headers(folder / file)]
     return {tensor.name: tensor for tensor in found if places.get(tensor.name, tensor.file.name) == tensor.file.name}
 
 
-def _headers(file: pathlib.Path) -> list[Tensor]:
+def headers(file: pathlib.Path) -> list[Tensor]:
+    """Reads what one safetensors file holds."""
     from safetensors import SafetensorError, safe_open
 
     try:

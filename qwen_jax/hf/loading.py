@@ -57,6 +57,17 @@ def load(
     return source.config, layouts.nested(loaded)
 
 
+def load_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads what a checkpoint folder has of the vocabulary, onto the host: "embedding", and "head" if untied, [V, D].
+
+    Raises:
+      InputError: as `load` does.
+    """
+    source = Source(path)
+    wanted = [(entry, struct) for entry, struct in source.rows if entry.path in ("embedding", "head")]
+    return {entry.path: source.read(entry, (), tuple(map(range, struct.shape))) for entry, struct in wanted}
+
+
 class Source:
     """A checkpoint folder whose tensors are known to be those of its config.
 

@@ -59,7 +59,7 @@ def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_byt
     leaves = layouts.flat(params)
 
     def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
-        return _on_host(leaves[entry.path][place] if place else leaves[entry.path])
+        return on_host(leaves[entry.path][place] if place else leaves[entry.path])
 
     write(pathlib.Path(path), config, dtype, fetch, shard_bytes, primary=jax.process_index() == 0)
     if jax.process_count() > 1:
@@ -239,7 +239,7 @@ def _swap(scratch: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _on_host(leaf) -> np.ndarray:
+def on_host(leaf) -> np.ndarray:
     """Returns the values of an array; gathers it first where other hosts hold parts."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

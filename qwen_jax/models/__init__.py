@@ -1,5 +1,6 @@
 """Qwen models: Flax modules that own parameters, and the functions that users call."""
 
+from qwen_jax.models import lora
 from qwen_jax.models.decoder import Decoder, KVCache, head
 from qwen_jax.models.functional import (
     abstract,
@@ -27,6 +28,7 @@ __all__ = [
     "init",
     "log_probs",
     "log_probs_and_routing",
+    "lora",
     "sequence_log_probs",
     "upcycle",
 ]

@@ -17,6 +17,7 @@ from qwen_jax.models.layers import Linear, RMSNorm, declare
 from qwen_jax.models.mlp import MLP, MoE
 from qwen_jax.models.stacks import Stack, stacks
 from qwen_jax.ops import segments
+from qwen_jax.ops.dropout import Dropout, drop
 from qwen_jax.ops.rope_scaling import Rotation, rotation
 from qwen_jax.ops.routing import Routing
 from qwen_jax.sharding import Layout, constrain
@@ -65,10 +66,10 @@ class Attention(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: tuple[jax.Array, jax.Array] | None):
+    def __call__(self, x_BTD: jax.Array, where: Where, cache: tuple[jax.Array, jax.Array] | None, dropout=None):
         c, layout = self.config, self.layout
         D, N, H = c.hidden_size, c.num_attention_heads, c.head_dim
-        q_BTNH, k_BTKH, v_BTKH = self._fused_qkv(x_BTD) if self.fused else self._qkv(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self._fused_qkv(x_BTD) if self.fused else self._qkv(x_BTD, dropout)
         if c.qk_norm:
             q_BTNH = RMSNorm(H, c, name="q_norm")(q_BTNH)
             k_BTKH = RMSNorm(H, c, name="k_norm")(k_BTKH)
@@ -86,16 +87,17 @@ class Attention(nn.Module):
         marks = (where.positions_BT, where.kv_positions_BS, where.segment_ids_BT, where.kv_segment_ids_BS)
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, marks, backend=c.attention, layout=layout, stride=c.dual_chunk.stride)
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
-        return Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")(out_BTNH), cache
+        out = Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")
+        return out(out_BTNH, dropout), cache
 
-    def _qkv(self, x_BTD):
+    def _qkv(self, x_BTD, dropout):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         bias = 2 if c.qkv_bias else 0
-        q_BTNH = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")(x_BTD)
-        k_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")(x_BTD)
-        v_BTKH = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")(x_BTD)
-        return q_BTNH, k_BTKH, v_BTKH
+        q = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")
+        k = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")
+        v = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")
+        return q(x_BTD, dropout), k(x_BTD, dropout), v(x_BTD, dropout)
 
     def _fused_qkv(self, x_BTD):
         """One product: each kv head with the G query heads it serves, so that splitting heads splits all three."""
@@ -109,7 +111,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: h += attention(norm(h)); h += mlp(norm(h)), or experts in the place of the mlp."""
+    """One layer: h += attention(norm(h)); h += mlp(norm(h)), or experts in the place of the mlp.
+
+    Dropout falls on what is added, as GPT-2's residual one does.
+    """
 
     config: QwenConfig
     layout: Layout
@@ -117,17 +122,17 @@ class Block(nn.Module):
     fused: bool = False
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, cache, where: Where):
+    def __call__(self, h_BTD: jax.Array, cache, dropout: Dropout | None, where: Where):
         c, axes = self.config, ("batch", "length", "act_embed")
         normed_BTD = RMSNorm(c.hidden_size, c, name="attention_norm")(h_BTD)
-        out_BTD, cache = Attention(c, self.layout, self.fused, name="attention")(normed_BTD, where, cache)
-        h_BTD = constrain(h_BTD + out_BTD, axes, self.layout)
+        out_BTD, cache = Attention(c, self.layout, self.fused, name="attention")(normed_BTD, where, cache, dropout)
+        h_BTD = constrain(h_BTD + drop(out_BTD, dropout, "attention"), axes, self.layout)
         normed_BTD, routing = RMSNorm(c.hidden_size, c, name="mlp_norm")(h_BTD), None
         if self.sparse:
-            out_BTD, routing = MoE(c, self.layout, self.fused, name="moe")(normed_BTD, where.segment_ids_BT)
+            out_BTD, routing = MoE(c, self.layout, self.fused, name="moe")(normed_BTD, where.segment_ids_BT, dropout)
         else:
-            out_BTD = MLP(c, self.layout, self.fused, c.intermediate_size, name="mlp")(normed_BTD)
-        return constrain(h_BTD + out_BTD, axes, self.layout), (cache, routing)
+            out_BTD = MLP(c, self.layout, self.fused, c.intermediate_size, name="mlp")(normed_BTD, dropout)
+        return constrain(h_BTD + drop(out_BTD, dropout, "mlp"), axes, self.layout), (cache, routing)
 
 
 class Pattern(nn.Module):
@@ -139,12 +144,12 @@ class Pattern(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, cache, where: Where):
+    def __call__(self, h_BTD: jax.Array, cache, dropout: Dropout | None, where: Where):
         made = []
         for place, sparse in enumerate(self.sparse):
-            own = jax.tree.map(lambda x, place=place: x[place], cache)
+            own = jax.tree.map(lambda x, place=place: x[place], (cache, dropout))
             block = _block(self.config)(self.config, self.layout, sparse, self.fused, name=f"block_{place}")
-            h_BTD, of_layer = block(h_BTD, own, where)
+            h_BTD, of_layer = block(h_BTD, *own, where)
             made.append(of_layer)
         return h_BTD, tuple(_over_layers(jnp.stack, each) for each in zip(*made, strict=True))
 
@@ -174,6 +179,7 @@ class Decoder(nn.Module):
         segment_ids_BT: jax.Array,
         cache: KVCache | None = None,
         prompt_lengths_BT: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, KVCache | None, Routing | None]:
         """Runs the stack.
 
@@ -184,6 +190,7 @@ class Decoder(nn.Module):
           cache: what came before; the T new tokens are written behind it.
           prompt_lengths_BT: int32 length of the prompt of each token's document (see `ops.rope_scaling`); None takes
             every document as whole in this call.
+          dropout: of the embeddings, of what each layer adds, and of the adapters' inputs; None drops nothing.
 
         Returns:
           hidden_BTD after the final norm, in config.dtype; the cache with the new tokens (None without one); what the
@@ -215,29 +222,33 @@ class Decoder(nn.Module):
         # Gathered whole before the look-up, like every other fsdp weight before its use: a look-up in split columns
         # makes the compiler replicate the activations instead.
         table_VD = constrain(embedding_VD.astype(jnp.dtype(c.dtype)), ("vocab_in", "act_embed"), self.layout)
-        h_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "act_embed"), self.layout)
+        h_BTD = table_VD[tokens_BT]
+        if self.has_variable("params", "rows"):
+            h_BTD = _look_up_rows(h_BTD, tokens_BT, c.vocab_size, self.get_variable("params", "rows"))
+        h_BTD = constrain(drop(h_BTD, dropout, "embedding"), ("batch", "length", "act_embed"), self.layout)
         layers_cache = None if cache is None else (cache.k, cache.v)
         run = self._layers_apart if self.fused and not c.scan_layers else self._layers_stacked
-        h_BTD, layers_cache, routing = run(h_BTD, layers_cache, where)
+        of_layers = None if dropout is None else dropout.split(c.num_hidden_layers)
+        h_BTD, layers_cache, routing = run(h_BTD, layers_cache, of_layers, where)
         if cache is not None:
             index = cache.index + tokens_BT.shape[1]
             cache = KVCache(*layers_cache, where.kv_positions_BS, where.kv_segment_ids_BS, index)
         return RMSNorm(c.hidden_size, c, name="final_norm")(h_BTD), cache, routing
 
-    def _layers_stacked(self, h_BTD, cache, where):
+    def _layers_stacked(self, h_BTD, cache, dropout, where):
         c, made = self.config, []
         for stack in stacks(c):
-            own = stack.cut(cache)
-            h_BTD, of_stack = _scanned(c, stack, self.layout, self.fused)(h_BTD, own, where)
+            own = stack.cut((cache, dropout))
+            h_BTD, of_stack = _scanned(c, stack, self.layout, self.fused)(h_BTD, *own, where)
             made.append(stack.joined(of_stack))
         return h_BTD, *(_over_layers(jnp.concatenate, each) for each in zip(*made, strict=True))
 
-    def _layers_apart(self, h_BTD, cache, where):
+    def _layers_apart(self, h_BTD, cache, dropout, where):
         made = []
         for i in range(self.config.num_hidden_layers):
             of_layer = None if cache is None else (cache[0][i], cache[1][i])
             block = Block(self.config, self.layout, self.config.is_sparse(i), True, name=f"layer_{i}")
-            h_BTD, of_layer = block(h_BTD, of_layer, where)
+            h_BTD, of_layer = block(h_BTD, of_layer, jax.tree.map(lambda x, i=i: x[i], dropout), where)
             made.append(of_layer)
         caches, routings = zip(*made, strict=True)
         cache = None if cache is None else tuple(zip(*caches, strict=True))
@@ -267,6 +278,21 @@ def _check_room(tokens_BT: jax.Array, cache: KVCache | None) -> None:
         raise InputError(f"the cache has {slots} slots, {written} of them written; no room for {new} more tokens")
 
 
+def head_rows(config: QwenConfig, params) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the ids [n] and the rows [n, D] of the head that are trained apart (`ops.lora`); None where none are."""
+    rows, name = params.get("rows", {}), "embedding" if config.tie_word_embeddings else "head"
+    return (rows["ids"], rows[name]) if name in rows else None
+
+
+def _look_up_rows(h_BTD: jax.Array, tokens_BT: jax.Array, vocab_size: int, rows: dict) -> jax.Array:
+    """Puts the rows that are trained apart in the place of the table's: the table has no gradient of theirs."""
+    count = rows["ids"].shape[0]
+    place_V = jnp.full((vocab_size,), count).at[rows["ids"]].set(jnp.arange(count))
+    place_BT = place_V[tokens_BT]
+    own_BTD = rows["embedding"].astype(h_BTD.dtype)[jnp.minimum(place_BT, count - 1)]
+    return jnp.where((place_BT < count)[..., None], own_BTD, h_BTD)
+
+
 def _write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis)
 
@@ -290,7 +316,7 @@ def _scanned(config: QwenConfig, stack: Stack, layout: Layout, fused: bool):
         _block(config) if alone else Pattern,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast),
         length=stack.repeats,
         unroll=1 if config.scan_layers else stack.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -1,7 +1,8 @@
 """The functional face of the models: config and parameters in, arrays out.
 
-`params` is a plain nested dict. Every function is pure and compiled once per config and shape; `layout` says how the
-arrays are split over a mesh, and without one everything is on one device.
+`params` is a plain nested dict, joined with LoRA adapters (`models.lora.join`) or not. Every function is pure and
+compiled once per config and shape; `layout` says how the arrays are split over a mesh, and without one everything is on
+one device.
 
 Shapes: B batch, T length, D model width, V vocabulary rows.
 """
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from qwen_jax import sharding
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
-from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head
+from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head, head_rows
 from qwen_jax.ops import segments
 from qwen_jax.ops.cross_entropy import token_log_probs
+from qwen_jax.ops.dropout import Dropout
 from qwen_jax.ops.routing import Routing
 from qwen_jax.sharding import Layout
 
@@ -64,14 +66,15 @@ def hidden_states(
     segment_ids_BT: jax.Array | None = None,
     prompt_lengths_BT: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Returns final hidden states [B, T, D] in config.dtype; arguments as in `forward`."""
-    return _run(config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, layout=layout)[0]
+    """Returns final hidden states [B, T, D] in config.dtype; arguments as in `log_probs`."""
+    return _run(config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, dropout, layout=layout)[0]
 
 
 @_compiled
 def _run(
-    config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, *, layout
+    config, params, tokens_BT, positions_BT, segment_ids_BT, prompt_lengths_BT, dropout, *, layout
 ) -> tuple[jax.Array, Routing | None]:
     """Returns final hidden states, and what the routers did: arrays [layers with experts, B, ...]."""
     limit = config.max_position_embeddings
@@ -84,7 +87,7 @@ def _run(
     if positions_BT is None:
         positions_BT = segments.positions(segment_ids_BT)
     hidden_BTD, _, routing = Decoder(config, layout).apply(
-        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, prompt_lengths_BT
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, prompt_lengths_BT, dropout
     )
     return hidden_BTD, routing
 
@@ -125,7 +128,14 @@ def forward(
         positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths, layout=layout,
     )  # fmt: skip
     head_VD = head(config, params, layout).astype(hidden_BTD.dtype)
-    return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    if rows := head_rows(config, params):
+        ids_n, rows_nD = rows
+        own_BTn = jnp.einsum(
+            "BTD,nD->BTn", hidden_BTD, rows_nD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+        )
+        logits_BTV = logits_BTV.at[:, :, ids_n].set(own_BTn)
+    return logits_BTV
 
 
 def log_probs(
@@ -138,17 +148,20 @@ def log_probs(
     segment_ids: jax.Array | None = None,
     prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
+    dropout: Dropout | None = None,
     chunks: int = 8,
 ) -> jax.Array:
     """Returns log p(targets[b, t] | tokens[b, :t+1]) as [B, T] float32, chunked over the vocabulary.
 
     Args as in `forward`, and:
       targets: [B, T] int32, each a valid id.
+      dropout: what to drop, and the key; None drops nothing.
       chunks: pieces of the vocabulary; more hold less memory.
     """
     return log_probs_and_routing(
         config, params, tokens, targets,
-        positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout, chunks=chunks,
+        positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout, dropout=dropout,
+        chunks=chunks,
     )[0]  # fmt: skip
 
 
@@ -163,6 +176,7 @@ def log_probs_and_routing(
     segment_ids: jax.Array | None = None,
     prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
+    dropout: Dropout | None = None,
     chunks: int = 8,
 ) -> tuple[jax.Array, Routing | None]:
     """Returns what `log_probs` does, and what the routers did, for `objectives.balance`.
@@ -172,9 +186,12 @@ def log_probs_and_routing(
     Returns:
       log_probs_BT; `ops.routing.Routing` with arrays [layers with experts, B, ...], None of a dense model.
     """
-    hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, layout=layout)
-    head_VD, parts = head(config, params, layout), layout.size("vocab")
-    return token_log_probs(hidden_BTD, head_VD, targets, chunks=chunks, parts=parts), routing
+    hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, dropout, layout=layout)
+    found_BT = token_log_probs(
+        hidden_BTD, head(config, params, layout), targets, chunks=chunks, parts=layout.size("vocab"),
+        rows=head_rows(config, params),
+    )  # fmt: skip
+    return found_BT, routing
 
 
 @_compiled

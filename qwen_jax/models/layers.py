@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
+from qwen_jax.ops import lora
+from qwen_jax.ops.dropout import Dropout, drop_adapter
 from qwen_jax.ops.norm import rms_norm
 
 
@@ -17,7 +19,10 @@ def declare(module: nn.Module, name: str, init, shape, axes, config: QwenConfig)
 
 
 class Linear(nn.Module):
-    """A matrix product written as an einsum, with an optional bias on the output axes.
+    """A matrix product written as an einsum, with an optional bias on the output axes and an optional adapter.
+
+    Where the parameters were joined with LoRA adapters (`ops.lora.join`), x·A·B is added to the product: the kernel
+    itself is not touched, and where only the adapters are differentiated it has no gradient.
 
     Attributes:
       spec: einsum of input and kernel, "BTD,DNH->BTNH"; the capital letters are the shapes' letters.
@@ -34,11 +39,17 @@ class Linear(nn.Module):
     bias_axes: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         init = nn.initializers.normal(self.config.initializer_range)
         kernel = declare(self, "kernel", init, self.shape, self.axes, self.config)
-        y = jnp.einsum(self.spec, x.astype(dtype), kernel.astype(dtype))
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y = jnp.einsum(self.spec, x, kernel)
+        adapter = {
+            name: self.get_variable("params", name) for name in lora.ADAPTER if self.has_variable("params", name)
+        }
+        if adapter:
+            y = lora.adapted(self.spec, y, drop_adapter(x, dropout, self.name), kernel, adapter)
         if self.bias_axes:
             shape, axes = self.shape[-self.bias_axes :], self.axes[-self.bias_axes :]
             bias = declare(self, "bias", nn.initializers.zeros, shape, axes, self.config)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.models.layers import Linear, declare
+from qwen_jax.ops.dropout import Dropout
 from qwen_jax.ops.exchange import exchanged_experts
 from qwen_jax.ops.experts import Weights, experts
 from qwen_jax.ops.routing import Routing, route
@@ -29,16 +30,16 @@ class MLP(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         c, D, F = self.config, self.config.hidden_size, self.width
         if self.fused:
             both_BTJF = Linear("BTD,DJF->BTJF", (D, 2, F), ("embed", None, "mlp"), c, name="gate_up")(x_BTD)
             gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
         else:
-            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD)
-            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD)
+            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD, dropout)
+            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD, dropout)
         h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"), self.layout)
-        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF)
+        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF, dropout)
 
 
 class MoE(nn.Module):
@@ -52,7 +53,9 @@ class MoE(nn.Module):
     fused: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, dropout: Dropout | None = None
+    ) -> tuple[jax.Array, Routing]:
         c, D, E, F = self.config, self.config.hidden_size, self.config.num_experts, self.config.moe_intermediate_size
         kernel = lambda name, shape, axes: declare(
             self, name, nn.initializers.normal(c.initializer_range), shape, axes, c
@@ -63,7 +66,7 @@ class MoE(nn.Module):
         out_BTD, routing = _routed(x_BTD, segment_ids_BT, router_DE, weights, c, self.layout)
         if c.shared_expert_intermediate_size:
             width = c.shared_expert_intermediate_size
-            shared_BTD = MLP(c, self.layout, self.fused, width, name="shared")(x_BTD)
+            shared_BTD = MLP(c, self.layout, self.fused, width, name="shared")(x_BTD, dropout)
             gate_BT1 = Linear("BTD,DJ->BTJ", (D, 1), ("embed", None), c, name="shared_gate")(x_BTD)
             out_BTD += jax.nn.sigmoid(gate_BT1) * shared_BTD
         return out_BTD, routing

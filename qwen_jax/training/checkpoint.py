@@ -133,12 +133,12 @@ def _first_line(error: Exception) -> str:
 def load_params(
     workdir: str | os.PathLike, *, step: int | None = None, shardings: Any = None
 ) -> tuple[QwenConfig, dict]:
-    """Reads the model of a run, without its optimizer.
+    """Reads what a run trains, without its optimizer: its model, or the adapters of LoRA (see pretrained).
 
     Args:
       workdir: the run's folder.
       step: which checkpoint; the newest if None.
-      shardings: tree of shardings to read straight onto a mesh; everything on the first device if None.
+      shardings: tree of shardings to read straight onto a mesh, or one for all; on the first device if None.
 
     Returns:
       The model's config and its parameters.
@@ -160,7 +160,8 @@ def load_params(
             if described is None:
                 raise ValueError("its list of arrays is missing or damaged")
             shapes = described.tree["params"]
-            places = shardings if shardings is not None else jax.tree.map(lambda _: first, shapes)
+            one = first if shardings is None else shardings
+            places = jax.tree.map(lambda _: one, shapes) if isinstance(one, jax.sharding.Sharding) else shardings
             structs = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
             )

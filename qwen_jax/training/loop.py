@@ -61,6 +61,7 @@ def fit(
     validation: Callable[[], Iterable] | None = None,
     flops_per_token: float,
     label: str = "train",
+    frozen: tuple = (),
 ) -> TrainState:
     """Trains to config.steps, from the newest checkpoint in workdir if there is one.
 
@@ -76,6 +77,7 @@ def fit(
       validation: makes a fresh pass over the validation batches.
       flops_per_token: of a training step, for utilisation.
       label: goes before each line.
+      frozen: the arrays of program.frozen.
 
     Returns:
       The state after the last step, also saved.
@@ -93,7 +95,7 @@ def fit(
         start = int(state.step)
         writer = MetricsWriter(workdir, start=start)
         progress = Progress(label, start=start, total=config.steps)
-        run = _Run(program, config, writer, progress, checkpoints, validation, flops_per_token)
+        run = _Run(program, config, writer, progress, checkpoints, validation, flops_per_token, frozen)
         try:
             with preemption.watch() as told_to_stop:
                 return run.train(state, batches, start, told_to_stop)
@@ -125,10 +127,10 @@ def say(label: str, text: str) -> None:
 class _Run:
     """What the steps of one `fit` share."""
 
-    def __init__(self, program, config, writer, progress, checkpoints, validation, flops_per_token):
+    def __init__(self, program, config, writer, progress, checkpoints, validation, flops_per_token, frozen):
         self.program, self.config, self.writer, self.progress = program, config, writer, progress
         self.checkpoints, self.validation = checkpoints, validation
-        self.flops_per_token, self.skipped = flops_per_token, 0
+        self.flops_per_token, self.frozen, self.skipped = flops_per_token, frozen, 0
         rows, length = jax.tree.leaves(program.batch)[0].shape[:2]
         self.tokens_per_step = rows * length
 
@@ -147,7 +149,7 @@ class _Run:
         waiting = None
         self._start_clock(start)
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, sharding.put(next(batches), self.program.batch))
+            state, metrics = step_fn(state, sharding.put(next(batches), self.program.batch), *self.frozen)
             self._settle(waiting)  # reading figures waits for the device: those of step n - 1 are read while n runs
             waiting = (step, metrics)
             last = step == config.steps
@@ -183,7 +185,7 @@ class _Run:
         """Compiles a function of (first, batch) and says how long it took: silence reads as a hang."""
         self.progress.say(f"compiling {what}; nothing is printed meanwhile")
         begin = time.perf_counter()
-        compiled = function.lower(first, self.program.batch).compile()
+        compiled = function.lower(first, self.program.batch, *self.program.frozen).compile()
         self.progress.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         return compiled
 
@@ -214,7 +216,7 @@ class _Run:
         self.progress.say(f"step {step}: evaluating")
         total, weight, sums = 0.0, 0.0, {}
         for batch in self.validation():
-            loss = jax.device_get(self.eval_step(params, sharding.put(batch, self.program.batch)))
+            loss = jax.device_get(self.eval_step(params, sharding.put(batch, self.program.batch), *self.frozen))
             total, weight = total + float(loss.total), weight + float(loss.weight)
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.metrics.items()}
         if not weight:

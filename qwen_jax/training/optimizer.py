@@ -1,5 +1,6 @@
 """AdamW with the schedules that the Qwen reports use."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -78,12 +79,20 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [top])
 
 
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clip -> Adam -> decoupled weight decay -> learning rate; `learning_rate` reads the last."""
+def make(config: OptimizerConfig, steps: int, *, rates: dict[str, float] | None = None) -> optax.GradientTransformation:
+    """Returns clip -> Adam -> decoupled weight decay -> learning rate; `learning_rate` reads the last.
+
+    Args:
+      config: AdamW and its schedule.
+      steps: of the run.
+      rates: name of a parameter -> factor of its learning rate: {"b": 16} is LoRA+ (arXiv:2402.12354).
+    """
+    by_name = [optax.stateless(functools.partial(_by_name, rates))] if rates else []
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        *by_name,
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=make_schedule(config, steps)),
     )
 
@@ -95,4 +104,10 @@ def learning_rate(opt_state) -> jax.Array:
 
 def decayed(params):
     """Returns the tree of whether weight decay applies: to matrices and embeddings, told by their name."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale", "magnitude"), params)
+
+
+def _by_name(rates: dict[str, float], updates, params):
+    """Multiplies the update of each parameter by the rate of its name, if it has one."""
+    del params
+    return jax.tree_util.tree_map_with_path(lambda path, update: update * rates.get(path[-1].key, 1.0), updates)

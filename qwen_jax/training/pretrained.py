@@ -8,8 +8,9 @@ from collections.abc import Callable
 import jax
 
 from qwen_jax import tokenizer
-from qwen_jax.config import QwenConfig
+from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
+from qwen_jax.ops import lora
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.training import checkpoint, hosts, workdir
 
@@ -47,7 +48,7 @@ def load_params(path: str | os.PathLike, abstract) -> dict:
     """Reads parameters straight to where they belong.
 
     Args:
-      path: Hugging Face folder or workdir.
+      path: Hugging Face folder or workdir; of a LoRA run the adapters are merged into its base, which is read too.
       abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params.
 
     Returns:
@@ -55,13 +56,34 @@ def load_params(path: str | os.PathLike, abstract) -> dict:
     """
     shardings = jax.tree.map(lambda struct: struct.sharding, abstract)
     if is_run(path):
+        trained = workdir.lora_config(path)
+        if trained.rank:
+            return _tuned(path, trained, abstract, shardings)
         params = checkpoint.load_params(path, shardings=shardings)[1]
     else:
         from qwen_jax import hf
 
-        mesh = jax.tree.leaves(shardings)[0].mesh
+        mesh = getattr(jax.tree.leaves(shardings)[0], "mesh", None)
         params = hf.load(path, dtype=str(jax.tree.leaves(abstract)[0].dtype), mesh=mesh)[1]
     return jax.tree.map(_checked, params, abstract)
+
+
+def _tuned(path, trained: LoraConfig, abstract, shardings) -> dict:
+    """Returns the base of a LoRA run with its adapters added in."""
+    base = workdir.read(path)["config"]["base"]
+    try:
+        params = load_params(base, abstract)
+    except InputError as error:
+        raise InputError(f"{path} is a LoRA run, and its base cannot be read: {error}") from None
+    first = jax.tree.leaves(shardings)[0]
+    whole = jax.NamedSharding(first.mesh, jax.P()) if isinstance(first, jax.NamedSharding) else first
+    adapters = checkpoint.load_params(path, shardings=whole)[1]
+    scale = lora.scale(trained.rank, trained.alpha, rslora=trained.rslora)
+
+    def merge(params, adapters):
+        return lora.merge(lora.join(params, adapters, scale=scale, row_ids=trained.row_ids))
+
+    return jax.jit(merge, out_shardings=shardings, donate_argnums=0)(params, adapters)
 
 
 def tokenizer_path(path: str | os.PathLike) -> pathlib.Path:

@@ -4,7 +4,7 @@ The dry run compiles exactly what the run runs, because both take it from here.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,12 @@ class Program:
       layout: the mesh and the rules everything here was built for.
       state: TrainState of ShapeDtypeStructs.
       batch: pytree of ShapeDtypeStructs, one global batch.
-      init: key -> TrainState, each device making its own part.
+      init: (key, *frozen) -> TrainState, each device making its own part.
       start: (params, key) -> TrainState from parameters that exist already; donates them.
-      train_step: (state, batch) -> (state, metrics); donates the state.
-      eval_step: (params, batch) -> Loss.
+      train_step: (state, batch, *frozen) -> (state, metrics); donates the state, and only that.
+      eval_step: (params, batch, *frozen) -> Loss.
+      frozen: trees of ShapeDtypeStructs that the loss reads and nothing trains: the base of LoRA adapters, say. Their
+        arrays are plain arguments, in no checkpoint.
     """
 
     layout: Layout
@@ -39,11 +41,12 @@ class Program:
     start: Callable[[Any, jax.Array], TrainState]
     train_step: Callable
     eval_step: Callable
+    frozen: tuple = ()
 
 
 def build(
     *,
-    init_params: Callable[[jax.Array], Any],
+    init_params: Callable[..., Any],
     param_axes,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -51,32 +54,45 @@ def build(
     layout: Layout,
     microbatches: int = 1,
     eval_loss_fn: LossFn | None = None,
+    frozen: Sequence[tuple[Any, Any]] = (),
 ) -> Program:
     """Puts a model's initialiser, a loss and an optimizer together on a mesh.
 
     Args:
-      init_params: key -> parameters, traceable.
+      init_params: (key, *frozen) -> parameters, traceable.
       param_axes: tree of logical axis names, one tuple for each parameter.
-      loss_fn: (params, batch, key) -> Loss.
+      loss_fn: (params, batch, key) -> Loss, with the keyword frozen=(trees of arrays) where there are any.
       tx: the optimizer.
       batch: pytree of anything with shape [B, T, ...] and dtype, one global batch.
       layout: mesh and rules.
       microbatches: gradient accumulation, see `train_step`.
       eval_loss_fn: the loss for evaluation (without dropout, say); loss_fn if None.
+      frozen: (shapes, logical axes) of each tree that is read and not trained.
 
     Raises:
       InputError: where the mesh does not divide a parameter or the batch, or microbatches do not.
     """
-    state, state_shardings = _abstract_state(init_params, param_axes, tx, layout)
+    frozen = tuple(
+        jax.tree.map(_struct, shapes, sharding.tree_shardings(axes, shapes, layout)) for shapes, axes in frozen
+    )
+    frozen_shardings = _shardings(frozen)
+    state, state_shardings = _abstract_state(init_params, param_axes, tx, layout, frozen)
     batch = _abstract_batch(batch, layout, microbatches)
-    batch_shardings = jax.tree.map(lambda struct: struct.sharding, batch)
+    batch_shardings = _shardings(batch)
     whole = sharding.replicated(layout)
-    make = lambda key: create(init_params(key), key, tx)
-    step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=microbatches)
+    make = lambda key, *frozen: create(init_params(key, *frozen), key, tx)
+
+    def step(state, batch, *frozen):
+        return train_step(state, batch, loss_fn=_reading(loss_fn, frozen), tx=tx, microbatches=microbatches)
+
+    def evaluate(params, batch, *frozen):
+        return eval_step(params, batch, loss_fn=_reading(eval_loss_fn or loss_fn, frozen))
+
     return Program(
         layout=layout,
         state=state,
         batch=batch,
+        frozen=frozen,
         init=jax.jit(make, out_shardings=state_shardings),
         start=jax.jit(
             functools.partial(create, tx=tx),
@@ -86,21 +102,30 @@ def build(
         ),
         train_step=jax.jit(
             step,
-            in_shardings=(state_shardings, batch_shardings),
+            in_shardings=(state_shardings, batch_shardings, *frozen_shardings),
             out_shardings=(state_shardings, whole),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            functools.partial(eval_step, loss_fn=eval_loss_fn or loss_fn),
-            in_shardings=(state_shardings.params, batch_shardings),
+            evaluate,
+            in_shardings=(state_shardings.params, batch_shardings, *frozen_shardings),
             out_shardings=whole,
         ),
     )
 
 
-def _abstract_state(init_params, param_axes, tx, layout):
+def _reading(loss_fn, frozen: tuple) -> LossFn:
+    return functools.partial(loss_fn, frozen=frozen) if frozen else loss_fn
+
+
+def _shardings(structs):
+    return jax.tree.map(lambda struct: struct.sharding, structs)
+
+
+def _abstract_state(init_params, param_axes, tx, layout, frozen):
     """Returns the TrainState as structs with shardings, and the shardings alone."""
-    shapes = jax.eval_shape(lambda: create(init_params(jax.random.key(0)), jax.random.key(0), tx))
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda *frozen: create(init_params(key, *frozen), key, tx), *frozen)
     whole = sharding.replicated(layout)
     params = sharding.tree_shardings(param_axes, shapes.params, layout)
     opt_state = optax.tree.map_params(

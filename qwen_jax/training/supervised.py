@@ -34,6 +34,7 @@ def fit(
     initial: Callable[[], TrainState],
     experiment: str,
     recipe: str,
+    frozen: tuple = (),
 ) -> TrainState:
     """Trains on batches of rows to the end, or on from where the folder stands, and writes report.md.
 
@@ -45,6 +46,7 @@ def fit(
       workdir: from `workdir.prepare`.
       initial: makes the state of step 0.
       experiment, recipe: what its lines and the report are headed with.
+      frozen: the arrays of program.frozen.
 
     Returns:
       The state after the last step.
@@ -68,8 +70,9 @@ def fit(
             workdir=workdir,
             initial=initial,
             validation=lambda: loader.evaluation(validation, batch_size=config.batch_size, **share),
-            flops_per_token=throughput.train_flops_per_token(config.model, config.length),
+            flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
             label=experiment,
+            frozen=frozen,
         )
     report.write(workdir, title=f"{experiment} {recipe}")
     loop.say(experiment, f"done: figures in {workdir / 'report.md'}, model in {workdir / 'checkpoints'}")

@@ -20,15 +20,16 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops_per_token(config: QwenConfig, length: int) -> float:
+def train_flops_per_token(config: QwenConfig, length: int, *, frozen: bool = False) -> float:
     """Returns the FLOPs that one token costs in a training step (forward + backward, nothing recomputed).
 
     6 per parameter of every matrix product (the embedding look-up is none, the head is one) plus causal attention:
     12 * layers * heads * head_dim * length / 2 (Chowdhery et al., arXiv:2204.02311, appendix B, halved for causality).
+    4 per parameter where they are frozen: no gradient of theirs (the adapters beside them are not counted).
     """
     matmul = config.param_counts()["active_non_embedding"] + config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
-    return 6.0 * matmul + 12.0 * attention
+    return (4.0 if frozen else 6.0) * matmul + 12.0 * attention
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float, str]:

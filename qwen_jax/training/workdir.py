@@ -14,7 +14,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from qwen_jax.config import QwenConfig
+from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_whole
 from qwen_jax.training import hosts
@@ -99,6 +99,12 @@ def model_config(workdir: str | os.PathLike) -> QwenConfig:
     if not isinstance(fields, dict):
         raise InputError(f"{pathlib.Path(workdir) / 'config.json'} has no config.model; expected the fields of a model")
     return QwenConfig().replace(**fields)
+
+
+def lora_config(workdir: str | os.PathLike) -> LoraConfig:
+    """Returns what the run in this folder trains beside its base; of rank 0 where it trains the model itself."""
+    fields = read(workdir)["config"].get("lora", {})
+    return LoraConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def to_json(config) -> dict:

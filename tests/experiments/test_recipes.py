@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import pretrain, quickstart, sft
-from qwen_jax import config, hf, models, sharding, tokenizer
+from qwen_jax import chat, config, hf, models, sharding, tokenizer
+from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import checkpoint, metrics, pretrained
@@ -63,7 +64,7 @@ def test_recipes_resolve_at_full_size_without_touching_a_device(name, recipe):
     built = TRAINING[name].build(
         config, sharding.make_mesh(MeshConfig(fsdp=2, tensor=4) if "qwen" in recipe else MeshConfig(data=2, fsdp=4))
     )
-    state, figures = jax.eval_shape(built.train_step, built.state, built.batch)
+    state, figures = jax.eval_shape(built.train_step, built.state, built.batch, *built.frozen)
     jax.tree.map(lambda new, old: new.shape == old.shape or pytest.fail(f"{new} {old}"), state, built.state)
     assert figures["loss"].shape == ()
 
@@ -71,6 +72,46 @@ def test_recipes_resolve_at_full_size_without_touching_a_device(name, recipe):
 def test_a_row_longer_than_the_model_can_read_is_refused():
     with pytest.raises(InputError, match="length is 2048, over model.max_position_embeddings 1024"):
         pretrain.build(dataclasses.replace(pretrain.smoke(), length=2048), sharding.make_mesh(MeshConfig()))
+
+
+@pytest.fixture(scope="module")
+def pretrained_run(tmp_path_factory):
+    """A base that has read text only."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    pretrain.run(pretrain.smoke(), folder, "smoke")
+    return folder
+
+
+def test_lora_trains_adapters_and_control_rows_beside_a_run_and_goes_on_after_a_stop(pretrained_run, tmp_path, capsys):
+    smoke = dataclasses.replace(
+        sft.smoke(), base=str(pretrained_run), lora=LoraConfig(rank=2, dropout=0.1), dropout=0.1,
+        optimizer=dataclasses.replace(sft.smoke().optimizer, peak_lr=0.1),
+    )  # fmt: skip
+    sft.run(dataclasses.replace(smoke, mesh=MESHES["fsdp2-context2-tensor2"]), tmp_path / "run", "smoke")
+    model, kept = checkpoint.load_params(tmp_path / "run")
+    tok = tokenizer.load(tmp_path / "run" / "tokenizer")
+    marks = [tok.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>")]
+    assert kept["rows"]["embedding"].shape == (2, model.hidden_size) and set(kept) == {"layers", "rows"}
+    # Base and adapters are read as one model, which is the base that the adapter's folder says, adapted.
+    abstract = sft.build(dataclasses.replace(smoke, lora=LoraConfig()), sharding.make_mesh(MeshConfig())).state.params
+    base = pretrained.load_params(pretrained_run, abstract)
+    tuned = pretrained.load_params(tmp_path / "run", abstract)
+    adapter = hf.load_adapter(tmp_path / "run" / "adapter", model)
+    assert list(adapter.lora.row_ids) == sorted(marks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned, adapter.merge(jax.device_get(base)))
+    assert np.abs(tuned["layers"]["mlp"]["up"]["kernel"] - base["layers"]["mlp"]["up"]["kernel"]).max() > 1e-3
+    moved = np.abs(np.asarray(tuned["embedding"]) - np.asarray(base["embedding"])).max(axis=1) > 0
+    assert sorted(np.flatnonzero(moved)) == sorted(marks)
+    assert chat.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "Hi", "--max-new-tokens", "2"]) is None
+    capsys.readouterr()
+    sft.run(dataclasses.replace(smoke, mesh=MESHES["fsdp2-context2-tensor2"]), tmp_path / "run", "smoke")
+    assert "already at step 2 of 2" in capsys.readouterr().out
+
+
+def test_frozen_control_rows_of_a_base_that_has_not_learned_them_are_refused(pretrained_run, tmp_path):
+    lora = LoraConfig(rank=2, control_rows="freeze")
+    with pytest.raises(InputError, match=r"has not learned .*<\|im_end\|>.* could not end an answer"):
+        sft.run(dataclasses.replace(sft.smoke(), base=str(pretrained_run), lora=lora), tmp_path / "run", "smoke")
 
 
 def test_fine_tuning_needs_a_base_that_is_one(tmp_path):

@@ -81,3 +81,28 @@ def test_split_vocabulary_equals_one_device_and_stays_split(tensor):
     # No device gathers the rows of the others: each all-gather is over the width (fsdp), at most V / tensor rows.
     for line in split.lower(*args).compile().as_text().splitlines():
         assert not ("all-gather(" in line and "f32[128,16]" in line), line
+
+
+@pytest.mark.parametrize("V, chunks, parts", [(41, 4, 1), (64, 8, 2)])
+def test_a_frozen_head_gives_the_same_gradient_of_the_hidden_state(V, chunks, parts):
+    hidden, head, targets, weights = inputs(2, 5, 6, V)
+    gradient = lambda function: jax.jit(jax.grad(lambda hidden: (function(hidden, head, targets) * weights).sum()))
+    found = gradient(functools.partial(token_log_probs, chunks=chunks, parts=parts))(hidden)
+    np.testing.assert_allclose(found, gradient(plain)(hidden), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rows_stand_for_those_of_the_head(frozen):
+    hidden, head, targets, weights = inputs(2, 9, 6, 23)
+    ids, rows = jnp.array([4, 22, 0]), 2 * inputs(1, 3, 6, 3)[1]
+    targets = targets.at[0, :3].set(ids)
+
+    def value_and_gradients(function):
+        over = (0, 2) if frozen else (0, 1, 2)
+        return jax.jit(jax.value_and_grad(lambda *args: (function(*args) * weights).sum(), over))(hidden, head, rows)
+
+    expected = value_and_gradients(lambda hidden, head, rows: plain(hidden, head.at[ids].set(rows), targets))
+    found = value_and_gradients(
+        lambda hidden, head, rows: token_log_probs(hidden, head, targets, chunks=3, rows=(ids, rows))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)

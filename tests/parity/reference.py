@@ -70,14 +70,14 @@ def logits(model, tokens: np.ndarray, segments: np.ndarray) -> torch.Tensor:
 
 
 def loss_and_gradients(model, tokens: np.ndarray, segments: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-    """Returns the mean of -log p(next token of the document) and its gradient for each tensor by name."""
+    """Returns the mean of -log p(next token of the document) and its gradient for each trained tensor by name."""
     model.zero_grad()
     log_p = logits(model, tokens, segments)[:, :-1].log_softmax(-1)
     targets = torch.from_numpy(tokens[:, 1:]).long()[..., None]
     mask = torch.from_numpy(scored(segments))
     loss = -log_p.gather(-1, targets)[..., 0][mask].mean()
     loss.backward()
-    gradients = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.float().numpy() for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), dict(part for name, x in gradients.items() for part in _published(name, x))
 
 
