@@ -3,8 +3,9 @@
     python benchmarks/dual_chunk.py [--runs 7] [--time 4096 8192] [--memory 4096 8192 16384 32768 65536]
 
 Float32, on whatever this process runs on; 8 query and 2 kv heads of 64; chunks of 1024, 128 of them local, so that all
-three kinds of keys occur at every length. Prints one JSON object per length. Time: minimum and median of interleaved
-runs in seconds, from unrotated queries to their gradients, so that the three rotations are counted; their ratios.
+three kinds of keys occur at every length. Prints one JSON object per length. Time: of interleaved runs the minimum and
+median of seconds, and of CPU seconds of the process, which a busy machine changes less; from unrotated queries to
+their gradients, so that the three rotations are counted; their ratios.
 Memory: temporary bytes of the compiled program, and their growth since the length before.
 """
 
@@ -50,19 +51,21 @@ def times(length: int, runs: int) -> dict:
     keys = jax.random.split(jax.random.key(0), 4)
     arguments = [jax.random.normal(key, (1, length, n, H)) for key, n in zip(keys, (N, K, K, N), strict=True)]
     programs = {name: program(chunks, length) for name, chunks in CHUNKS.items()}
-    seconds = {name: [] for name in CHUNKS}
+    clocks = {"seconds": time.perf_counter, "CPU seconds": time.process_time}
+    taken = {clock: {name: [] for name in CHUNKS} for clock in clocks}
     for _ in range(runs + 1):
         for name, run in programs.items():
-            start = time.perf_counter()
+            starts = {clock: read() for clock, read in clocks.items()}
             jax.block_until_ready(run(*arguments))
-            seconds[name].append(time.perf_counter() - start)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first is the warm-up
-    figures = {
-        how.__name__: {name: how(values) for name, values in seconds.items()} for how in (min, statistics.median)
-    }
-    ratios = {f"dual chunk/plain, {how}": round(x["dual chunk"] / x["plain"], 3) for how, x in figures.items()}
-    rounded = {how: {name: round(x, 4) for name, x in values.items()} for how, values in figures.items()}
-    return {"length": length, "platform": jax.default_backend(), "seconds": rounded} | ratios
+            for clock, read in clocks.items():
+                taken[clock][name].append(read() - starts[clock])
+    figures = {"length": length, "platform": jax.default_backend()}
+    for clock, of_programs in taken.items():
+        for how in (min, statistics.median):
+            found = {name: how(values[1:]) for name, values in of_programs.items()}  # the first is the warm-up
+            ratio = round(found["dual chunk"] / found["plain"], 3)
+            figures[f"{clock}, {how.__name__}"] = {x: round(y, 3) for x, y in found.items()} | {"ratio": ratio}
+    return figures
 
 
 def memory(lengths: list[int]):
