@@ -1,7 +1,9 @@
 """The command line: `python -m qwen_jax.tokenizer train | encode | decode | report`."""
 
+import collections
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ def train(
     """
     if not files:
         raise InputError("train: no file named; give the text files to learn from")
+    _check_out(out)
     texts = itertools.chain.from_iterable(_texts(path, field) for path in files)
     tok = tokenizer.train(texts, vocab_size, special_tokens, min_frequency=min_frequency)
     tok.save(out)
@@ -59,6 +62,8 @@ def encode(
         allow_special: control tokens that the text may contain as such; "all" for all. All text is data otherwise.
     """
     tok = tokenizer.load(path)
+    if text is not None and file is not None:
+        raise InputError("encode: --text and --file are two ways to give a text; give one")
     if text is None:
         with _opened(file) if file else sys.stdin.buffer as source:
             text = _decoded(source.read(), str(file or "standard input"))
@@ -102,9 +107,14 @@ def compare(
     """
     if not texts:
         raise InputError("report: no text named; give language=file for each language")
+    _check_out(out)
     named = [text.partition("=") if "=" in text else (pathlib.Path(text).stem, "=", text) for text in texts]
-    tokenizers = {path.stem or str(path): tokenizer.load(path)}
-    tokenizers[against.stem if against.stem not in tokenizers else str(against)] = tokenizer.load(against)
+    twice = [name for name, times in collections.Counter(name for name, _, _ in named).items() if times > 1]
+    if twice:
+        raise InputError(f"report: two texts are called {twice[0]!r}; name them, as language=file")
+    label = lambda path: path.name if path.is_dir() else path.stem
+    names = (label(path), label(against)) if label(path) != label(against) else (f"{path}", f"{against} (against)")
+    tokenizers = dict(zip(names, map(tokenizer.load, (path, against)), strict=True))
     fits = report.compare(tokenizers, {name: _texts(pathlib.Path(file), field) for name, _, file in named})
     out.mkdir(parents=True, exist_ok=True)
     rows = [{"tokenizer": f.tokenizer, "text": f.text, "bytes": f.bytes, "tokens": f.tokens} for f in fits]
@@ -123,7 +133,14 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _check_out(out: pathlib.Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; expected a folder or nothing")
 
 
 def _texts(path: pathlib.Path, field: str) -> Iterator[str]:

@@ -52,6 +52,9 @@ class ByteBPE(Tokenizer):
         self.order = tuple(order) if order is not None else tuple(sorted(vocabulary, key=vocabulary.__getitem__))
         if self.regular_size != len(vocabulary):
             raise InputError("two tokens of the vocabulary have the same id")
+        for name, index in special_tokens.items():
+            if vocabulary.get(name.encode("utf-8", "replace"), index) != index:
+                raise InputError(f"the control token {name!r} is spelled like the regular token {name!r}")
         self._missing = bytes(byte for byte in _UTF8_BYTES if bytes([byte]) not in vocabulary)
         if lost := self._missing.translate(None, bytes(set(range(256)) - set(_ESSENTIAL))):
             raise InputError(f"the vocabulary lacks the byte {lost[:1]!r} and {len(lost) - 1} other ASCII characters")
@@ -70,6 +73,8 @@ class ByteBPE(Tokenizer):
 
     def encode_piece(self, piece: str) -> list[int]:
         """Encodes one piece, as it is."""
+        if self._missing:
+            self._check_spellable(piece)
         return self._numbered(self._uncut.encode_ordinary(piece))
 
     def save(self, folder: str | os.PathLike, *, chat_template: str | None = None) -> None:

@@ -67,7 +67,9 @@ def extend(
             f"not {vocab_size:,}",
             stacklevel=2,
         )
-    return ByteBPE(vocabulary, tok.special_tokens, order=order, pattern=tok.pattern, nfc=tok.nfc, shown=tok.shown)
+    longer = ByteBPE(vocabulary, tok.special_tokens, order=order, pattern=tok.pattern, nfc=tok.nfc, shown=tok.shown)
+    longer.chat_template = tok.chat_template
+    return longer
 
 
 def _checked_counts(tok: ByteBPE, words: Mapping[str, int]) -> Counter[str]:

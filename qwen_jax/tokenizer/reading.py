@@ -12,6 +12,8 @@ from qwen_jax.tokenizer.alphabet import to_bytes
 from qwen_jax.tokenizer.byte_bpe import ByteBPE
 from qwen_jax.tokenizer.face import Tokenizer
 
+_MALFORMED = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, MemoryError, RecursionError)
+
 
 def load(path: str | os.PathLike, *, generation: str | None = None) -> Tokenizer:
     """Reads a tokenizer from files.
@@ -39,8 +41,15 @@ def load(path: str | os.PathLike, *, generation: str | None = None) -> Tokenizer
         path = _main_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer file or folder")
-    tok = _read(path, generation)
-    tok.chat_template = _chat_template(path.parent)
+    try:
+        tok = _read(path, generation)
+        tok.chat_template = _chat_template(path.parent)
+    except InputError:
+        raise
+    except _MALFORMED as error:  # a field of another kind than the format has
+        raise InputError(
+            f"{path}: malformed, or a file beside it is: {type(error).__name__} {str(error)[:100]!r}"
+        ) from error
     return tok
 
 
@@ -73,7 +82,7 @@ def read_json(path: pathlib.Path) -> dict:
     """
     try:
         document = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(f"{path}: not valid JSON: {where}") from None
     if not isinstance(document, dict):
@@ -150,6 +159,9 @@ def _read_document(path: pathlib.Path) -> ByteBPE:
         )
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         raise InputError(f"{path}: model.type is {model.get('type')!r}; only byte-level BPE can be read from JSON")
+    for field in ("ignore_merges", "dropout", "end_of_word_suffix", "continuing_subword_prefix"):
+        if model.get(field):
+            raise InputError(f"{path}: model.{field} is {model[field]!r}; only its absence is supported")
     normalizer = (document.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise InputError(f"{path}: normalizer is {normalizer!r}; readable are NFC and none")

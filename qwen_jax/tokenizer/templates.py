@@ -150,13 +150,12 @@ def _tool_answer(messages: Sequence[Message], index: int) -> Iterator[Part]:
 def _answer(messages: Sequence[Message], index: int) -> Iterator[Part]:
     """An assistant turn of the generations before Qwen3."""
     content, calls = messages[index].get("content") or "", messages[index].get("tool_calls") or []
+    yield from _header("assistant")
     if content or not calls:
-        yield from _header("assistant")
         yield Part(content, own=False, speaker=index)
-    else:
-        yield Part("<|im_start|>assistant")
-    for call in calls:
-        yield Part("\n<tool_call>\n" + '{"name": "', speaker=index)
+    for number, call in enumerate(calls):
+        line_break = "\n" if content or number else ""  # after the header there is one already
+        yield Part(line_break + '<tool_call>\n{"name": "', speaker=index)
         yield from _call(call, index, _json(_function(call)["arguments"]))
 
 

@@ -14,9 +14,10 @@ _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
 def write(tokenizer, folder: str | os.PathLike, chat_template: str | None) -> None:
     """Writes both files of a `ByteBPE` tokenizer; see `ByteBPE.save`."""
     folder = pathlib.Path(folder)
+    document = json.dumps(_document(tokenizer), ensure_ascii=False)  # first: it may be refused
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "tokenizer_config.json", as_json(config(tokenizer, chat_template)))
-    write_whole(folder / "tokenizer.json", json.dumps(_document(tokenizer), ensure_ascii=False))
+    write_whole(folder / "tokenizer.json", document)
 
 
 def config(tokenizer, chat_template: str | None, tokenizer_class: str = "Qwen2Tokenizer") -> dict:

@@ -79,6 +79,12 @@ def test_report_counts_bytes_and_tokens(capsys, tiny, folder, tmp_path):
         (["train", "{jsonl}", "--out", "{out}", "--vocab-size", "300"], "a.jsonl, line 2: has no text in field 'text'"),
         (["train", "--out", "{out}", "--vocab-size", "300"], "no file named"),
         (["report", "{folder}", "{empty}", "--against", "{folder}", "--out", "{out}"], "text 'empty' is empty"),
+        (["encode", "{folder}", "--text", "a", "--file", "{empty}"], "--text and --file are two ways"),
+        (["train", "{jsonl}", "--out", "{empty}", "--vocab-size", "300"], "empty.txt is a file; expected a folder"),
+        (
+            ["report", "{folder}", "en={empty}", "en={broken}", "--against", "{folder}", "--out", "{out}"],
+            "two texts are called 'en'",
+        ),
         (["report", "{folder}", "--against", "{folder}", "--out", "{out}"], "no text named"),
     ],
 )

@@ -75,6 +75,14 @@ def test_the_published_worked_example():
     assert len(more.encode("我是一只猫")) == 1
 
 
+def test_a_chat_template_is_carried_along(tiny):
+    try:
+        tiny.chat_template = "{{ messages }}"
+        assert tokenizer.extend(tiny, ["abab"] * 3).chat_template == "{{ messages }}"
+    finally:
+        tiny.chat_template = None
+
+
 def test_the_smaller_size_is_announced(tiny):
     with pytest.warns(UserWarning, match=r"the vocabulary has 60\d tokens, not 900"):
         tokenizer.extend(tiny, {"Quagga": 2}, 900)

@@ -227,6 +227,20 @@ def test_a_vocabulary_may_lack_bytes_that_no_text_of_its_had(tiny, tmp_path):
     assert tok.encode(TEXT) == tiny.encode(TEXT)
     with pytest.raises(InputError, match=r"the text has '\\x04' \(U\+0004\), whose bytes the vocabulary lacks"):
         tok.encode("a\x04b")
+    with pytest.raises(InputError, match=r"the text has '\\x04'"):
+        tokenizer.extend(tok, ["a\x04b"] * 3)
+
+
+def test_a_control_token_spelled_like_a_regular_one_is_refused(tiny):
+    with pytest.raises(InputError, match="the control token 'a' is spelled like the regular token 'a'"):
+        tokenizer.ByteBPE(tiny.vocabulary, {"a": tiny.regular_size})
+
+
+def test_a_refused_save_writes_nothing(tiny, tmp_path):
+    unreachable = tokenizer.ByteBPE({**tiny.vocabulary, b"zzqqxxyyww": 9999}, {})
+    with pytest.raises(InputError):
+        unreachable.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_extra_tokens_beside_qwen_tiktoken_follow_its_control_tokens(tiny, tmp_path):
@@ -275,6 +289,12 @@ def broken(tiny, folder, what):
             document["normalizer"] = {"type": "Lowercase"}
         case "json: pre_tokenizer":
             document["pre_tokenizer"] = {"type": "Whitespace"}
+        case "json: number for a list":
+            document["model"]["merges"] = None
+        case "json: text for an object":
+            document["normalizer"] = "NFC"
+        case "json: other merging":
+            document["model"]["ignore_merges"] = True
         case "json: no byte":
             del document["model"]["vocab"]["!"]
             document["model"]["merges"] = []
@@ -300,6 +320,9 @@ def broken(tiny, folder, what):
         ("json: strips", "added token 1: '<|im_start|>' has lstrip set"),
         ("json: normalizer", "tokenizer.json: normalizer is 'Lowercase'; readable are NFC and none"),
         ("json: pre_tokenizer", "tokenizer.json: pre_tokenizer is"),
+        ("json: number for a list", "tokenizer.json: malformed"),
+        ("json: text for an object", "tokenizer.json: malformed"),
+        ("json: other merging", "model.ignore_merges is True; only its absence is supported"),
         ("json: no byte", "tokenizer.json: the vocabulary lacks the byte b'!' and 0 other"),
     ],
 )

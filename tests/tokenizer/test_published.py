@@ -109,7 +109,7 @@ def test_any_text_encodes_as_with_the_tokenizers_library(qwen, qwen3, peer, plai
 
 
 def test_random_characters_of_all_planes_encode_as_with_the_tokenizers_library(qwen, plain_peer):
-    """Characters assigned when both engines' Unicode tables were made; they differ on newer ones, as any two do."""
+    """Characters that Python's Unicode tables know; the library's are older, and may order rare marks otherwise."""
     draw = random.Random(0)
     known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
     for _ in range(300):
