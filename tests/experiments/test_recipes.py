@@ -132,7 +132,7 @@ def test_a_mistake_found_late_does_not_keep_the_folder(tmp_path):
     smoke = pretrain.smoke()
     with pytest.raises(InputError, match="seed is -1; expected 0 or more"):
         pretrain.run(dataclasses.replace(smoke, seed=-1), tmp_path / "run", "smoke")
-    with pytest.raises(InputError, match="'chitchatt'; expected one of chitchat, made-up"):
+    with pytest.raises(InputError, match="no data set is called 'chitchatt': it is none of chitchat, made-up"):
         pretrain.run(dataclasses.replace(smoke, dataset="chitchatt"), tmp_path / "other", "smoke")
     one = dataclasses.replace(smoke, loop=dataclasses.replace(smoke.loop, steps=1))
     pretrain.run(one, tmp_path / "other", "smoke")

@@ -27,19 +27,26 @@ def pair(request, tmp_path_factory):
     return theirs, config.replace(dtype="float32"), params
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_float32_logits_and_gradients(pair, kind, tmp_path):
+def test_float32_logits(pair):
+    theirs, config, params = pair
+    for kind in KINDS:
+        tokens, segments = batch(kind, config.vocab_size)
+        with torch.no_grad():
+            expected = reference.logits(theirs, tokens, segments).numpy()
+        error = ours.worst(ours.logits(config, params, tokens, segments), expected, segments)
+        print(f"{kind}: worst logit error {error:.1e}")  # shown by pytest -rP
+        assert error < 1e-4 and np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("kind", ["right-padded", "packed"])  # one shape: the second kind compiles nothing
+def test_float32_gradients(pair, kind, tmp_path):
     theirs, config, params = pair
     tokens, segments = batch(kind, config.vocab_size)
-    with torch.no_grad():
-        expected = reference.logits(theirs, tokens, segments).numpy()
-    error = ours.worst(ours.logits(config, params, tokens, segments), expected, segments)
-    assert error < 1e-4 and np.abs(expected).max() > 1
     loss, gradients = reference.loss_and_gradients(theirs, tokens, segments)
     found, ours_by_name = ours.loss_and_gradients(config, params, tokens, segments, tmp_path / "gradients")
     assert abs(found - loss) < 1e-5
     relative = ours.worst_relative(ours_by_name, gradients)
-    print(f"worst logit error {error:.1e}, worst relative gradient error {relative:.1e}")  # shown by pytest -rP
+    print(f"worst relative gradient error {relative:.1e}")
     assert relative < 1e-4
 
 

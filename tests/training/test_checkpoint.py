@@ -9,7 +9,7 @@ import pytest
 from qwen_jax import sharding
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import checkpoint
+from qwen_jax.training import checkpoint, workdir
 from qwen_jax.training.checkpoint import Checkpoints
 from tests.training import lm
 
@@ -109,7 +109,12 @@ def test_steps_trained_again_after_a_damaged_checkpoint_are_saved(tmp_path, buil
 
 
 def test_a_model_is_read_without_its_optimizer(tmp_path, built, state):
-    record = {"experiment": "pretrain", "recipe": "tiny", "config": {"model": vars(lm.MODEL)}, "started": "now"}
+    record = {
+        "experiment": "pretrain",
+        "recipe": "tiny",
+        "config": {"model": workdir.to_json(lm.MODEL)},
+        "started": "now",
+    }
     (tmp_path / "config.json").write_text(json.dumps(record))
     fill(tmp_path, state, [1.0, 2.0]).close()
     config, params = checkpoint.load_params(tmp_path)
