@@ -3,6 +3,8 @@
 Generations reuse the same ids for different tokens, so there is one table each and none shared (qwen_spec.md 1.3).
 """
 
+import itertools
+
 from qwen_jax.errors import InputError
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -47,14 +49,14 @@ def table(generation: str) -> tuple[str, ...]:
 
 
 def check(special_tokens: dict[str, int] | tuple[str, ...], where: str) -> None:
-    """Holds that control tokens are distinct, not empty, and that none is part of another.
+    """Holds that control tokens are distinct, not empty, and that none is part of another or ends as another begins.
 
     Args:
         special_tokens: names, with or without ids.
         where: what lists them, for messages.
 
     Raises:
-        InputError: a name that is no text, empty, listed twice, or contained in another one.
+        InputError: a name that is no text, empty, listed twice, or that overlaps another one.
     """
     seen: set[str] = set()
     for name in special_tokens:
@@ -69,3 +71,6 @@ def check(special_tokens: dict[str, int] | tuple[str, ...], where: str) -> None:
         outer = next((other for other in ordered[index + 1 :] if name in other), None)
         if outer is not None:
             raise InputError(f"{where}: special tokens {name!r} and {outer!r} overlap: one is part of the other")
+    for name, other in itertools.permutations(ordered, 2):
+        if other[0] in name[1:] and any(name.endswith(other[:size]) for size in range(1, len(other))):
+            raise InputError(f"{where}: special tokens {name!r} and {other!r} overlap: one ends as the other begins")

@@ -132,6 +132,7 @@ def _read_ranks(path: pathlib.Path, generation: str) -> ByteBPE:
 
 def _rank_lines(path: pathlib.Path) -> dict[bytes, int]:
     vocabulary: dict[bytes, int] = {}
+    line_of_rank: dict[int, int] = {}
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         if not line:
@@ -144,9 +145,9 @@ def _rank_lines(path: pathlib.Path) -> dict[bytes, int]:
             raise InputError(f"{path}, line {number}: found {line[:60]!r}; a line is `base64 rank`") from None
         if token in vocabulary or not token or index < 0:
             raise InputError(f"{path}, line {number}: token {token!r} is empty, listed before, or of negative rank")
-        vocabulary[token] = index
-    if len(set(vocabulary.values())) != len(vocabulary):
-        raise InputError(f"{path}: two lines have the same rank")
+        if index in line_of_rank:
+            raise InputError(f"{path}, line {number}: rank {index} stands in line {line_of_rank[index]} already")
+        vocabulary[token], line_of_rank[index] = index, number
     return vocabulary
 
 

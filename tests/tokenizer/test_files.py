@@ -231,6 +231,11 @@ def test_a_vocabulary_may_lack_bytes_that_no_text_of_its_had(tiny, tmp_path):
         tokenizer.extend(tok, ["a\x04b"] * 3)
 
 
+def test_control_tokens_that_end_as_another_begins_are_refused(tiny):
+    with pytest.raises(InputError, match="'<a><b' and '<b><c' overlap: one ends as the other begins"):
+        tokenizer.ByteBPE(tiny.vocabulary, {"<b><c": tiny.regular_size, "<a><b": tiny.regular_size + 1})
+
+
 def test_a_control_token_spelled_like_a_regular_one_is_refused(tiny):
     with pytest.raises(InputError, match="the control token 'a' is spelled like the regular token 'a'"):
         tokenizer.ByteBPE(tiny.vocabulary, {"a": tiny.regular_size})
@@ -260,7 +265,12 @@ def broken(tiny, folder, what):
     if what.startswith("ranks"):
         path = write_ranks(tiny, folder / "x.tiktoken")
         lines = path.read_bytes().splitlines()
-        lines[4] = {"ranks: no base64": b"%% 4", "ranks: no rank": b"IQ==", "ranks: twice": lines[3]}.get(what, b"")
+        lines[4] = {
+            "ranks: no base64": b"%% 4",
+            "ranks: no rank": b"IQ==",
+            "ranks: twice": lines[3],
+            "ranks: same rank": lines[4].split()[0] + b" 3",
+        }.get(what, b"")
         path.write_bytes(b"\n".join(lines))
         return path
     if what.startswith("merges"):
@@ -308,6 +318,7 @@ def broken(tiny, folder, what):
         ("ranks: no base64", "x.tiktoken, line 5: found b'%% 4'; a line is `base64 rank`"),
         ("ranks: no rank", "x.tiktoken, line 5: found b'IQ=='"),
         ("ranks: twice", "x.tiktoken, line 5: token b'$' is empty, listed before"),
+        ("ranks: same rank", "x.tiktoken, line 5: rank 3 stands in line 4 already"),
         ("ranks: hole", "x.tiktoken: ranks have to be 0..595, each once"),
         ("merges: not in vocabulary", "merges.txt, line 343: 'zz q' does not fit: 'zz' is not in the vocabulary"),
         ("merges: one", "merges.txt, line 343: found 'zz'; a merge is two tokens"),
