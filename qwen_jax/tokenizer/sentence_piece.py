@@ -55,7 +55,10 @@ class SentencePiece(Tokenizer):
             elif piece.type == kinds.BYTE:
                 spellings[index] = bytes([int(piece.piece[1:-1], 16)])
             else:
-                text = _UNKNOWN if piece.type == kinds.UNKNOWN else piece.piece.replace(_SPACE, " ")
+                text = piece.piece.replace(_SPACE, " ")
+                if piece.type == kinds.UNKNOWN:  # published folders list it among the control tokens; it spells text
+                    special_tokens = {n: i for n, i in special_tokens.items() if (n, i) != (piece.piece, index)}
+                    text = _UNKNOWN
                 spellings[index] = text.encode("utf-8")
         super().__init__(spellings, own | special_tokens, shown=shown)
         self.model = proto.SerializeToString()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import pickle
 import unicodedata
 
@@ -87,6 +88,19 @@ def test_models_of_others_encode_as_the_library_does(foreign):
         assert ids == peer.encode(text) and ours.decode(ids) == peer.decode(ids)
         stream = ours.stream()
         assert "".join(stream.push(index) for index in ids) + stream.finish() == peer.decode(ids)
+
+
+def test_a_folder_may_list_the_models_own_control_pieces(foreign, tmp_path):
+    """As published SentencePiece folders do: <unk>, <s> and </s> stand in tokenizer_config.json, too."""
+    import sentencepiece
+
+    peer, alone = sentencepiece.SentencePieceProcessor(model_file=str(foreign)), tokenizer.load(foreign)
+    (tmp_path / "tokenizer.model").write_bytes(foreign.read_bytes())
+    listed = {str(peer.piece_to_id(name)): {"content": name} for name in ("<unk>", "<s>", "</s>")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    found = tokenizer.load(tmp_path)
+    assert found.special_tokens == alone.special_tokens
+    assert found.encode("hello there") == alone.encode("hello there") == peer.encode("hello there")
 
 
 def test_control_pieces_of_others_are_never_made_by_text(foreign):
