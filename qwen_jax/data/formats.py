@@ -224,8 +224,9 @@ NAMES = tuple(_READERS)
 def _answer(value: Any, side: str) -> list[Message]:
     if isinstance(value, str):
         return [read_message("assistant", value, side)]
-    keys = ("from", "value") if "from" in (value[0] if isinstance(value, list) and value else value) else None
-    return read_turns(value if isinstance(value, list) else [value], side, *(keys or ("role", "content")))
+    turns = value if isinstance(value, list) else [value]
+    sharegpt = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
+    return read_turns(turns, side, *(("from", "value") if sharegpt else ("role", "content")))
 
 
 def _margin(record: Mapping) -> float | None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen_jax.data import formats
@@ -180,6 +180,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@example({"messages": None, "chosen": False, "rejected": []})
 def test_no_record_whatever_is_more_than_a_bad_one(record):
     for reading in (read, pair):
         with contextlib.suppress(BadRecord):
