@@ -1,9 +1,15 @@
-"""What every test runs under: 8 virtual CPU devices, float32 comparisons, strict broadcasting."""
+"""What every test runs under: 8 virtual CPU devices, float32 comparisons, strict broadcasting, one compilation cache."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The workers, the programs they start and the next run compile the same small steps: each is compiled once. The
+# cache's key is the whole program, jaxlib's version and the flags, so a change is never met by an old executable.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -62,3 +68,10 @@ MOE_FAMILIES = {
 def family(request):
     """A tiny config of each family in turn."""
     return FAMILIES[request.param]
+
+
+@pytest.fixture(params=zip(FAMILIES, MESHES, strict=True), ids="-on-".join)
+def family_on_mesh(request):
+    """Each family and each mesh once, in pairs: what a mesh changes and what a family changes do not meet."""
+    family, mesh = request.param
+    return FAMILIES[family], sharding.make_mesh(MESHES[mesh])

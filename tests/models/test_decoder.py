@@ -105,7 +105,8 @@ def test_fused_parameters_keep_every_number_and_name_every_axis(family, scan):
     assert count(shapes) == count(models.abstract(config)) + tied
 
 
-def test_any_mesh_computes_what_one_device_computes(family, mesh):
+def test_any_mesh_computes_what_one_device_computes(family_on_mesh):
+    family, mesh = family_on_mesh
     params, ids = perturbed(family), tokens(family, (8, 16))
     grad = lambda layout: jax.jit(jax.value_and_grad(
         lambda params: models.sequence_log_probs(family, params, ids, layout=layout).mean()
@@ -147,7 +148,8 @@ def test_a_tied_head_that_the_mesh_does_not_divide_is_computed_whole():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_parameters_do_not_depend_on_the_mesh_and_are_split_by_it(family, mesh):
+def test_parameters_do_not_depend_on_the_mesh_and_are_split_by_it(family_on_mesh):
+    family, mesh = family_on_mesh
     alone, split = models.init(family, jax.random.key(0)), models.init(family, jax.random.key(0), mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, alone, split)
     kernel = split["layers"]["mlp"]["gate"]["kernel"]
