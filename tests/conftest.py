@@ -1,4 +1,4 @@
-"""What every test runs under: 8 virtual CPU devices, float32 comparisons, strict broadcasting, one compilation cache."""
+"""What every test runs under: 8 virtual CPU devices, float32, strict broadcasting, one compilation cache."""
 
 import os
 import pathlib
