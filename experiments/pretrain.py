@@ -28,6 +28,7 @@ from qwen_jax.sharding import Layout, MeshConfig
 from qwen_jax.training import command, optimizer, pretrained, program, supervised, workdir
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.samples import SamplesConfig
 
 FULL = LoraConfig()  # of rank 0: the whole model is trained
 
@@ -54,6 +55,7 @@ class Config:
     batch_size: int = 8  # rows in a step
     microbatches: int = 1  # pieces of a batch held at a time
     validation_rows: int = 128  # how many rows each evaluation reads
+    samples: SamplesConfig = SamplesConfig()
     router: RouterLoss = RouterLoss()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
@@ -70,6 +72,7 @@ def small() -> Config:
         model=model,
         optimizer=OptimizerConfig(peak_lr=3e-3, schedule="wsd", warmup_steps=50, decay_steps=250, final_ratio=0.05),
         loop=LoopConfig(steps=600, log_every=20, eval_every=100, checkpoint_every=200),
+        samples=SamplesConfig(every=200),
     )
 
 
@@ -85,6 +88,7 @@ def smoke() -> Config:
         length=64,
         batch_size=8,
         validation_rows=8,
+        samples=SamplesConfig(prompts=0),
     )
 
 
@@ -222,23 +226,29 @@ def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
     return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
 
 
-def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> packing.StreamRows:
-    """Returns the rows of one split: its texts joined and cut."""
-    texts = map(conversations.plain_text, sources.load(config.dataset, split))
-    return packing.StreamRows(conversations.text_documents(texts, tok).documents, config.length, seed=config.seed)
+def rows(config: Config, tok: tokenizer.Tokenizer) -> tuple[packing.StreamRows, dict[str, list[LMBatch]]]:
+    """Returns the rows to train on, texts joined and cut, and those to evaluate on, source by source."""
+
+    def of(dataset: str, split: str) -> packing.StreamRows:
+        texts = map(conversations.plain_text, sources.load(dataset, split))
+        return packing.StreamRows(conversations.text_documents(texts, tok).documents, config.length, seed=config.seed)
+
+    names = sources.names(config.dataset)
+    held_out = dict(zip(sources.short_names(names), (of(name, "validation") for name in names), strict=True))
+    return of(config.dataset, "train"), packing.first_of_each(held_out, config.validation_rows)
 
 
 def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:
     """Trains to the end, or on from where the folder stands; returns the training and validation rows."""
     built = build(config, sharding.make_mesh(config.mesh))
-    folder = workdir.prepare(folder, config, experiment="pretrain", recipe=recipe)
+    folder = workdir.prepare(folder, config, experiment="pretrain", recipe=recipe, recipes=RECIPES)
     tok = run_tokenizer(config, folder)
-    train, validation = rows(config, tok, "train"), rows(config, tok, "validation").first(config.validation_rows)
+    train, validation = rows(config, tok)
     supervised.fit(
-        built, train, validation, config=config, workdir=folder, experiment="pretrain", recipe=recipe,
+        built, train, validation, tok, config=config, workdir=folder, experiment="pretrain", recipe=recipe,
         initial=lambda: built.init(jax.random.key(config.seed)),
     )  # fmt: skip
-    return train, validation
+    return train, [row for some in validation.values() for row in some]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import jax
 from experiments import pretrain, sft
 from qwen_jax import rollout, tokenizer
 from qwen_jax.data import baseline
-from qwen_jax.files import write_whole
-from qwen_jax.training import checkpoint, command, metrics, report, workdir
+from qwen_jax.training import checkpoint, command, metrics, page, report, workdir
+from qwen_jax.training.page import Picture, Table, Text
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ def replies(config: Config, folder: Path) -> list[str]:
     ]
     answers = rollout.generate(
         model, params, asked, jax.random.key(config.sft.seed), max_new_tokens=config.max_new_tokens,
-        num_tokens=tok.vocab_size, temperature=config.temperature, top_p=config.top_p, stop_ids=tuple(
-            tok.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>")
-        ),
+        num_tokens=tok.vocab_size, temperature=config.temperature, top_p=config.top_p,
+        stop_ids=tokenizer.chat.stop_ids(tok),
     )  # fmt: skip
     return [
         tok.decode(ids[:length].tolist(), skip_special=True).strip()
@@ -83,7 +82,7 @@ def replies(config: Config, folder: Path) -> list[str]:
 
 def run(config: Config, folder, recipe: str) -> None:
     """Runs what is not done yet, and writes the report."""
-    folder = workdir.prepare(folder, config, experiment="quickstart", recipe=recipe)
+    folder = workdir.prepare(folder, config, experiment="quickstart", recipe=recipe, recipes=RECIPES)
     begin = time.perf_counter()
     stages = {"pretrain": folder / "pretrain", "sft": folder / "sft"}
     rows = {
@@ -93,34 +92,38 @@ def run(config: Config, folder, recipe: str) -> None:
     print("[quickstart] counting n-gram models on the same rows, and sampling replies", flush=True)
     vocab_size = config.pretrain.model.vocab_size
     baselines = {name: baseline.ngram_loss(*pair, vocab_size=vocab_size) for name, pair in rows.items()}
-    before, after = replies(config, stages["pretrain"]), replies(config, stages["sft"])
+    answers = [replies(config, stage) for stage in stages.values()]
     curves = {name: metrics.read(path) for name, path in stages.items()}
     report.plot_losses(folder / "plots" / "loss.png", curves, baselines)
-    text = summary(config, curves, baselines, before, after, time.perf_counter() - begin)
-    write_whole(folder / "report.md", text)
-    print(text)
+    blocks = [
+        *report.head(f"quickstart {recipe}", workdir.read(folder)),
+        Text(f"This start took {time.perf_counter() - begin:.0f} s."),
+        *losses(curves, baselines),
+        Text("Replies", 2),
+        Table(["asked", "before fine-tuning", "after"], [*zip(config.prompts, *answers, strict=True)]),
+        *report.differences(workdir.read(folder)),
+        *report.versions(workdir.read(folder)),
+    ]
+    page.write(folder, "report", blocks)
+    print((folder / "report.md").read_text())
     print(f"[quickstart] done: {folder / 'report.md'}, curves in {folder / 'plots' / 'loss.png'}", flush=True)
 
 
-def summary(config: Config, curves, baselines, before, after, seconds: float) -> str:
-    """Returns report.md."""
-    lines = [f"# Quickstart\n\nThis start took {seconds:.0f} s. All losses are nats per token on held-out chats.\n"]
-    lines += ["| stage | first | last | unigram | bigram | beats the bigram |", "|---|---|---|---|---|---|"]
+def losses(curves: dict[str, list[dict]], baselines: dict[str, dict[str, float]]) -> list[page.Block]:
+    """Returns what of the report is about losses and speed."""
+    table = []
     for name, rows in curves.items():
         scores = [row["validation/loss"] for row in rows if "validation/loss" in row] or [float("nan")]
-        unigram, bigram = baselines[name]["unigram"], baselines[name]["bigram"]
-        verdict = "yes" if scores[-1] < bigram else "no"
-        lines.append(f"| {name} | {scores[0]:.3f} | {scores[-1]:.3f} | {unigram:.3f} | {bigram:.3f} | {verdict} |")
-    lines.append("\n![loss](plots/loss.png)\n")
-    for name, rows in curves.items():
-        lines += [f"{name}: {line}" for line in report.speed(rows)]
-    lines += ["", "| asked | before fine-tuning | after |", "|---|---|---|"]
-    cell = lambda text: text.replace("|", "\\|").replace("\n", "⏎")
-    lines += [
-        f"| {cell(prompt)} | {cell(old)} | {cell(new)} |"
-        for prompt, old, new in zip(config.prompts, before, after, strict=True)
+        figures = scores[0], scores[-1], baselines[name]["unigram"], baselines[name]["bigram"]
+        verdict = "yes" if scores[-1] < baselines[name]["bigram"] else "no"
+        table.append([name, *(f"{figure:.3f}" for figure in figures), verdict])
+    return [
+        Text("Losses", 2),
+        Text("Nats per token on held-out chats; each stage has a whole report.md in its own folder."),
+        Table(["stage", "first", "last", "unigram", "bigram", "beats the bigram"], table),
+        Picture("plots/loss.png", "loss"),
+        *(Text(f"{name}: {report.median_step(rows)}") for name, rows in curves.items()),
     ]
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import command, control_rows, pretrained, program, supervised, workdir
 from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.samples import SamplesConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Config:
     batch_size: int = 8
     microbatches: int = 1
     validation_rows: int = 128
+    samples: SamplesConfig = SamplesConfig()
     router: RouterLoss = RouterLoss()  # where the whole model is trained: LoRA leaves routers as they are
     dropout: float = 0.0  # of the embeddings and of what each layer adds, while training
     lora: LoraConfig = LoraConfig()  # rank 0: the whole model is trained
@@ -64,6 +66,7 @@ def small() -> Config:
         model=small_pretrain().model,
         optimizer=OptimizerConfig(peak_lr=1e-3, schedule="constant", warmup_steps=20),
         loop=LoopConfig(steps=200, log_every=20, eval_every=50, checkpoint_every=100),
+        samples=SamplesConfig(every=100),
     )
 
 
@@ -72,7 +75,7 @@ def smoke() -> Config:
     tiny = smoke_pretrain()
     return Config(
         model=tiny.model, optimizer=tiny.optimizer, loop=tiny.loop, base="random", dataset="made-up", length=128,
-        batch_size=8, validation_rows=8,
+        batch_size=8, validation_rows=8, samples=tiny.samples,
     )  # fmt: skip
 
 
@@ -170,25 +173,27 @@ def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
     return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
 
 
-def rows(config: Config, tok: tokenizer.Tokenizer, split: str) -> Sequence[LMBatch]:
-    """Returns the packed rows of one split, and says what became of its records."""
+def rows(config: Config, tok: tokenizer.Tokenizer) -> tuple[Sequence[LMBatch], dict[str, list[LMBatch]]]:
+    """Returns the packed rows to train on and those of each domain to evaluate on; says what became of the records."""
     rendering = Rendering(config.template, config.loss, config.length, config.too_long, config.format)
-    made = datasets.rows(
-        split == "validation" and config.validation_dataset or config.dataset, split, tok, rendering,
-        bad_records=config.bad_records, hold_out=not config.validation_dataset,
-    )  # fmt: skip
-    for line in made.told:
-        say("sft", f"{split}: {line}")
-    return made.rows
+    how = dict(bad_records=config.bad_records, hold_out=not config.validation_dataset)
+    train = datasets.rows(config.dataset, "train", tok, rendering, **how)
+    held_out = datasets.held_out(
+        config.validation_dataset or config.dataset, tok, rendering, count=config.validation_rows, **how
+    )
+    for split, told in (("train", train.told), ("validation", held_out.told)):
+        for line in told:
+            say("sft", f"{split}: {line}")
+    return train.rows, held_out.rows
 
 
 def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:
     """Fine-tunes to the end, or on from where the folder stands; returns the training and validation rows."""
     config = with_rows(from_base(config, Path(folder)), Path(folder))
     built = build(config, sharding.make_mesh(config.mesh))
-    folder = workdir.prepare(folder, config, experiment="sft", recipe=recipe)
+    folder = workdir.prepare(folder, config, experiment="sft", recipe=recipe, recipes=RECIPES)
     tok = run_tokenizer(config, folder)
-    train, validation = rows(config, tok, "train"), rows(config, tok, "validation").first(config.validation_rows)
+    train, validation = rows(config, tok)
 
     key = jax.random.key(config.seed)
     frozen = base_params(config, built) if config.lora.rank else ()
@@ -199,12 +204,12 @@ def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequenc
         return built.start(pretrained.load_params(config.base, built.state.params), key)
 
     state = supervised.fit(
-        built, train, validation, config=config, workdir=folder, experiment="sft", recipe=recipe, initial=initial,
-        frozen=frozen,
+        built, train, validation, tok, config=config, workdir=folder, experiment="sft", recipe=recipe, initial=initial,
+        lora=config.lora, frozen=frozen,
     )  # fmt: skip
     if config.lora.rank:
         hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
-    return train, validation
+    return train, [row for some in validation.values() for row in some]
 
 
 def base_params(config: Config, built: program.Program) -> tuple[dict]:

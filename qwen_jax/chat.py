@@ -25,8 +25,6 @@ from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout
 
-ENDS = ("<|im_end|>", "<|endoftext|>")  # chat models end with the first, base models with the second
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -91,7 +89,7 @@ class Model:
         return dict(
             dataclasses.asdict(self.flags.sampling),
             max_new_tokens=self.flags.max_new_tokens,
-            stop_ids=[self.tok.special_tokens[name] for name in ENDS if name in self.tok.special_tokens],
+            stop_ids=tokenizer.chat.stop_ids(self.tok),
             num_tokens=self.tok.vocab_size,
         )
 

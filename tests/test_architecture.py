@@ -24,7 +24,7 @@ LEAVES = {"errors", "files", "batches", "long_context"}
 SIDEWAYS = {("sharding", "config"), ("objectives", "ops")}
 # The model arrives as a callable; data workers must not load JAX.
 NEVER = {
-    "training": ("models", "rollout", "flax"),
+    "training": ("models", "flax"),
     "objectives": ("models", "config", "flax"),
     "ops": ("models", "config", "flax"),
     "data": ("models", "jax", "flax", "tensorflow"),

@@ -118,7 +118,7 @@ def trained_on(experiment):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, "load", lambda name, split: chats)
             patch.setattr(made_up, "load", lambda split: chats)
-            rows = experiment.rows(config, world.tok, "train")
+            rows = experiment.rows(config, world.tok)[0]
         return [index for row in rows for index in row.tokens[row.segment_ids > 0].tolist()]
 
     return road

@@ -7,7 +7,7 @@ import importlib
 
 _MODULES = (
     "baseline", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader", "made_up",
-    "packages", "packing", "sources", "token_cache", "tokenising", "turns",
+    "packages", "packing", "prompts", "sources", "token_cache", "tokenising", "turns",
 )  # fmt: skip
 
 

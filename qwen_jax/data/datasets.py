@@ -4,8 +4,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from qwen_jax.batches import LMBatch
 from qwen_jax.data import sources, token_cache
-from qwen_jax.data.packing import Joined, MixedRows, PackedRows
+from qwen_jax.data.packing import Joined, MixedRows, PackedRows, first_of_each
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
@@ -49,13 +50,7 @@ def rows(
     Raises:
       InputError: as those two do; on bad records that are not to be skipped; where nothing is left.
     """
-    found = token_cache.tokenised(sources.find(dataset, split, hold_out=hold_out), tok, rendering, workers=workers)
-    accounts = [account for made in found for account in made.accounts]
-    if bad_records == "error":
-        refuse_bad(accounts)
-    if empty := [made.source.name for made in found if not len(made.documents)]:
-        raise InputError(f"{empty[0]}: no document for split {split!r} ({'; '.join(map(str, accounts[:3]))})")
-    told = [line for account in accounts for line in (str(account), *account.lines())]
+    found, told = _tokenised(dataset, split, tok, rendering, bad_records, hold_out, workers)
     length = rendering.max_length
     if found[0].source.weight is None:
         packed = PackedRows(joined([made.documents for made in found]), length)
@@ -67,6 +62,60 @@ def rows(
         f"{documents:,} documents, {packed.tokens:,} tokens in {len(packed):,} rows, {packed.efficiency:.1%} full"
     )
     return Rows(packed, told)
+
+
+class HeldOut(NamedTuple):
+    """Rows to evaluate on.
+
+    Attributes:
+      rows: domain -> rows, none of which holds a document of another domain.
+      told: as in Rows.
+    """
+
+    rows: dict[str, list[LMBatch]]
+    told: list[str]
+
+
+def held_out(
+    dataset: str,
+    tok: Tokenizer,
+    rendering: Rendering,
+    *,
+    count: int,
+    split: str = "validation",
+    bad_records: BadRecords = "error",
+    hold_out: bool = True,
+    workers: int | None = None,
+) -> HeldOut:
+    """The first packed rows of a split, source by source: each is a domain with a loss of its own.
+
+    Args:
+      dataset, tok, rendering, split, bad_records, hold_out, workers: as in `rows`.
+      count: how many rows in all, about; shared out by the sources' weights, or by their sizes if they have none.
+
+    Raises:
+      InputError: as `rows`.
+    """
+    found, told = _tokenised(dataset, split, tok, rendering, bad_records, hold_out, workers)
+    names = sources.short_names([made.source.name for made in found])
+    parts = {name: PackedRows(made.documents, rendering.max_length) for name, made in zip(names, found, strict=True)}
+    weights = None if found[0].source.weight is None else [made.source.weight for made in found]
+    first = first_of_each(parts, count, weights)
+    sizes = ", ".join(f"{name} {len(some):,} of {len(parts[name]):,}" for name, some in first.items())
+    return HeldOut(first, [*told, f"rows that each evaluation reads: {sizes}"])
+
+
+def _tokenised(
+    dataset: str, split: str, tok: Tokenizer, rendering: Rendering, bad_records: BadRecords, hold_out: bool, workers
+) -> tuple[list[token_cache.Tokenised], list[str]]:
+    """Returns the documents of each source, checked, and what became of the records."""
+    found = token_cache.tokenised(sources.find(dataset, split, hold_out=hold_out), tok, rendering, workers=workers)
+    accounts = [account for made in found for account in made.accounts]
+    if bad_records == "error":
+        refuse_bad(accounts)
+    if empty := [made.source.name for made in found if not len(made.documents)]:
+        raise InputError(f"{empty[0]}: no document for split {split!r} ({'; '.join(map(str, accounts[:3]))})")
+    return found, [line for account in accounts for line in (str(account), *account.lines())]
 
 
 def refuse_bad(accounts: list[token_cache.Account]) -> None:

@@ -8,7 +8,7 @@ In both, the target of a position is the next token of the same document, its lo
 document's last token has no target. Shapes: T row length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -153,8 +153,23 @@ class MixedRows(Joined, _Rows):
 
     def first(self, count: int) -> list[LMBatch]:
         """Returns the first rows of each part, in the proportions of the weights; all where there are fewer."""
-        shares = [round(count * weight / sum(self.weights)) for weight in self.weights]
-        return [row for part, share in zip(self.parts, shares, strict=True) for row in part.first(max(1, share))]
+        found = first_of_each(dict(enumerate(self.parts)), count, self.weights)
+        return [row for some in found.values() for row in some]
+
+
+def first_of_each(
+    parts: Mapping[str, _Rows], count: int, weights: Sequence[float] | None = None
+) -> dict[str, list[LMBatch]]:
+    """Returns the first rows of each part, `count` in all, about, and at least one of each; all where there are fewer.
+
+    Args:
+      parts: name -> rows.
+      count: of rows.
+      weights: what they are shared out by; the parts' sizes if None.
+    """
+    weights = weights or [len(part) for part in parts.values()]
+    shares = [round(count * weight / sum(weights)) for weight in weights]
+    return {name: part.first(max(1, share)) for (name, part), share in zip(parts.items(), shares, strict=True)}
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -84,6 +84,18 @@ def find(dataset: str, split: str, *, hold_out: bool = True) -> list[Source]:
     return [dataclasses.replace(_source(name, split, hold_out), weight=weight) for name, weight in named]
 
 
+def names(dataset: str) -> list[str]:
+    """Returns the names of a data set's sources, without weights."""
+    return [_weighted(text.strip())[0] for text in dataset.split(",") if text.strip()]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Returns names that can stand in those of figures: of files without folder and ending, each another."""
+    short = [pathlib.PurePath(name).name.split(".")[0] if files.looks_like_path(name) else name for name in names]
+    short = [name.replace("/", "_") or "files" for name in short]
+    return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short, 1)]
+
+
 def load(dataset: str, split: str) -> Sequence[list[dict]] | Iterator[list[dict]]:
     """The conversations of a split, each a list of OpenAI messages, in order.
 

@@ -14,8 +14,9 @@ from qwen_jax.tokenizer import controls
 from qwen_jax.tokenizer.face import Tokenizer, check_encodable
 from qwen_jax.tokenizer.templates import SYSTEM_PROMPTS, Message, Part, conversation, generation_prompt, jinja
 
-__all__ = ["LOSSES", "SYSTEM_PROMPTS", "jinja", "render"]
+__all__ = ["LOSSES", "SYSTEM_PROMPTS", "jinja", "render", "stop_ids"]
 
+ENDS = ("<|im_end|>", "<|endoftext|>")  # chat models end with the first, base models with the second
 LOSSES = ("assistant", "qwen-finetune", "last-turn")
 
 _WITH_TOOLS = ("qwen2.5", "qwen3")
@@ -208,3 +209,8 @@ def _check_text(text: Any, what: str, *, optional: bool) -> None:
         check_encodable(text)
     except InputError as error:
         raise InputError(f"{what}: {error}") from None
+
+
+def stop_ids(tok: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that end an answer, those of ENDS that the tokenizer has."""
+    return tuple(tok.special_tokens[name] for name in ENDS if name in tok.special_tokens)

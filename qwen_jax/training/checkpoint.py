@@ -101,6 +101,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
 
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          InputError: where it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for the save under way and lets go of the folder.
 

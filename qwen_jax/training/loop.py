@@ -1,7 +1,10 @@
 """The loop every run shares: resume, train, evaluate, checkpoint, report."""
 
+import contextlib
+import dataclasses
+import operator
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,14 +12,19 @@ import jax
 import numpy as np
 
 from qwen_jax import sharding
+from qwen_jax.batches import Loss
 from qwen_jax.errors import InputError
-from qwen_jax.training import hosts, preemption
+from qwen_jax.training import hosts, preemption, samples
+from qwen_jax.training.accounts import Accounts
+from qwen_jax.training.accounts import read as read_accounts
 from qwen_jax.training.checkpoint import Checkpoints
 from qwen_jax.training.metrics import MetricsWriter, Progress
 from qwen_jax.training.preemption import Preempted
 from qwen_jax.training.program import Program
 from qwen_jax.training.state import TrainState
 from qwen_jax.training.throughput import peak_flops
+
+ACCOUNTS = "accounts"  # beside the position in the data, in each checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ def fit(
     config: LoopConfig,
     workdir,
     initial: Callable[[], TrainState],
-    validation: Callable[[], Iterable] | None = None,
+    validation: Mapping[str, Callable[[], Iterable]] | None = None,
+    sample: Callable[..., list[dict]] | None = None,
+    sample_every: int = 0,
     flops_per_token: float,
     label: str = "train",
     frozen: tuple = (),
@@ -74,7 +84,10 @@ def fit(
       config: how long, and how often what.
       workdir: a folder that `workdir.prepare` made.
       initial: makes the state of step 0; called only where there is no checkpoint.
-      validation: makes a fresh pass over the validation batches.
+      validation: domain -> what makes a fresh pass over its validation batches. The loss is that of all tokens; of
+        several domains each has its own besides.
+      sample: (params, *frozen) -> samples, see `samples.sampler`.
+      sample_every: how often it is called; 0: only at the start and the end.
       flops_per_token: of a training step, for utilisation.
       label: goes before each line.
       frozen: the arrays of program.frozen.
@@ -87,35 +100,38 @@ def fit(
       Preempted: after SIGTERM, when the step under way is saved.
     """
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    try:
-        state = _resume(checkpoints, program, batches, label)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        state, accounts = _resume(checkpoints, program, batches, label)
         if state is None:
             say(label, "making the parameters of step 0")
             state = initial()
         start = int(state.step)
         writer = MetricsWriter(workdir, start=start)
+        stack.callback(writer.close)
         progress = Progress(label, start=start, total=config.steps)
-        run = _Run(program, config, writer, progress, checkpoints, validation, flops_per_token, frozen)
-        try:
-            with preemption.watch() as told_to_stop:
-                return run.train(state, batches, start, told_to_stop)
-        finally:
-            progress.close()
-            writer.close()
-    finally:
-        checkpoints.close()
+        stack.callback(progress.close)
+        accounts.flops_per_token = flops_per_token
+        run = _Run(program, config, workdir, writer, progress, checkpoints, accounts, frozen)
+        run.validation, run.sample, run.sample_every = validation or {}, sample, sample_every
+        state = run.train(state, batches, start, stack.enter_context(preemption.watch()))
+        if start < config.steps or not read_accounts(workdir):
+            accounts.save(workdir)
+        return state
 
 
-def _resume(checkpoints: Checkpoints, program: Program, batches: Batches, label: str) -> TrainState | None:
+def _resume(checkpoints: Checkpoints, program: Program, batches: Batches, label: str):
+    """Returns the newest state and the run's accounts; (None, new ones) where there is no checkpoint."""
     restored = checkpoints.restore(program.state)
     if restored is None:
-        return None
+        return None, Accounts()
     state, data_state, complaints = restored
+    accounts = Accounts(**data_state.pop(ACCOUNTS, {}))
     batches.set_state(data_state)
     for line in complaints:
         say(label, f"{line}; going back to step {int(state.step)}")
     say(label, f"resuming at step {int(state.step)} from {checkpoints.folder}")
-    return state
+    return state, accounts
 
 
 def say(label: str, text: str) -> None:
@@ -127,45 +143,70 @@ def say(label: str, text: str) -> None:
 class _Run:
     """What the steps of one `fit` share."""
 
-    def __init__(self, program, config, writer, progress, checkpoints, validation, flops_per_token, frozen):
-        self.program, self.config, self.writer, self.progress = program, config, writer, progress
-        self.checkpoints, self.validation = checkpoints, validation
-        self.flops_per_token, self.frozen, self.skipped = flops_per_token, frozen, 0
+    validation: Mapping[str, Callable[[], Iterable]]
+    sample: Callable[..., list[dict]] | None
+    sample_every: int
+
+    def __init__(self, program, config, workdir, writer, progress, checkpoints, accounts, frozen):
+        self.program, self.config, self.workdir, self.writer, self.progress = program, config, workdir, writer, progress
+        self.checkpoints, self.accounts, self.frozen, self.skipped = checkpoints, accounts, frozen, 0
+        self.compiled: set[str] = set()
         rows, length = jax.tree.leaves(program.batch)[0].shape[:2]
         self.tokens_per_step = rows * length
 
     def train(self, state: TrainState, batches: Batches, start: int, told_to_stop: Callable[[int], bool]) -> TrainState:
-        config, progress = self.config, self.progress
+        config, progress, timed = self.config, self.progress, self.accounts.timed
         if start >= config.steps:
             progress.say(f"already at step {start} of {config.steps}: nothing to train")
             return state
-        self.peak, source = peak_flops(self.program.layout.mesh)
-        progress.say(f"peak {self.peak / 1e12:.3g} TFLOP/s ({source})")
-        step_fn = self._compiled("the train step", self.program.train_step, self.program.state)
-        if self.validation:
-            self.eval_step = self._compiled("the evaluation", self.program.eval_step, self.program.state.params)
-            if start == 0:
-                self._evaluate(0, state.params)  # what training begins with
+        step_fn = self._prepare(state.params, start)
         waiting = None
         self._start_clock(start)
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, sharding.put(next(batches), self.program.batch), *self.frozen)
-            self._settle(waiting)  # reading figures waits for the device: those of step n - 1 are read while n runs
+            with timed("data"):
+                batch = sharding.put(next(batches), self.program.batch)
+            with timed("step"):
+                state, metrics = step_fn(state, batch, *self.frozen)
+                self._settle(waiting)  # reading figures waits for the device: those of step n - 1 while n runs
             waiting = (step, metrics)
             last = step == config.steps
-            evaluate = self.validation and (last or (config.eval_every and step % config.eval_every == 0))
-            save = last or step % config.checkpoint_every == 0
             stop = not last and told_to_stop(step)  # then there may not be the time to evaluate
-            if evaluate or save or stop:
-                self._settle(waiting)
-                scores = self._evaluate(step, state.params) if evaluate and not stop else None
-                if save or stop:
-                    self.checkpoints.save(state, batches.get_state(), scores)
+            due = lambda every, step=step, last=last: last or (every and step % every == 0)
+            evaluate = self.validation and due(config.eval_every) and not stop
+            sample = self.sample and due(self.sample_every) and not stop
+            save = stop or due(config.checkpoint_every)
+            if evaluate or sample or save:
+                with timed("step"):
+                    self._settle(waiting)
+                scores = self._evaluate(step, state.params) if evaluate else None
+                if save:
+                    self._save(state, batches, scores)
+                if sample:
+                    self._sample(step, state.params)
                 waiting = None
                 self._start_clock(step)
             if stop:
                 raise Preempted(f"told to stop: step {step} of {config.steps} is saved in {self.checkpoints.folder}")
+        with timed("checkpoint"):
+            self.checkpoints.wait()
         return state
+
+    def _prepare(self, params, start: int):
+        """Compiles, looks at the model that training begins with, and returns the compiled step."""
+        accounts = self.accounts
+        accounts.starts += 1
+        accounts.peak_flops, accounts.peak_source = peak_flops(self.program.layout.mesh)
+        self.progress.say(f"peak {accounts.peak_flops / 1e12:.3g} TFLOP/s ({accounts.peak_source})")
+        with accounts.timed("compile"):
+            step_fn = self._compiled("the train step", self.program.train_step, self.program.state)
+            if self.validation:
+                self.eval_step = self._compiled("the evaluation", self.program.eval_step, self.program.state.params)
+        accounts.take_memory(step_fn)
+        if start == 0 and self.validation:
+            self._evaluate(0, params)
+        if start == 0 and self.sample:
+            self._sample(0, params)
+        return step_fn
 
     def _start_clock(self, step: int) -> None:
         self.clock, self.timed_from = time.perf_counter(), step
@@ -176,6 +217,8 @@ class _Run:
             return
         step, metrics = waiting
         self._check_finite(step, metrics)
+        self.accounts.steps += 1
+        self.accounts.weight += float(metrics["weight"])
         self.progress.update()
         if step % self.config.log_every == 0 or step == self.config.steps:
             self._log(step, metrics, (time.perf_counter() - self.clock) / (step - self.timed_from))
@@ -195,7 +238,7 @@ class _Run:
         values |= {
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds,
-            "model_flops_utilisation": tokens_per_second * self.flops_per_token / self.peak,
+            "model_flops_utilisation": tokens_per_second * self.accounts.flops_per_token / self.accounts.peak_flops,
         }
         self.writer.write(step, values)
         shown = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "model_flops_utilisation")
@@ -212,17 +255,43 @@ class _Run:
                 f"checkpoints in {self.checkpoints.folder} are untouched; try a lower optimizer.peak_lr"
             )
 
+    def _save(self, state: TrainState, batches: Batches, scores: dict[str, float] | None) -> None:
+        with self.accounts.timed("checkpoint"):
+            told = batches.get_state() | {ACCOUNTS: dataclasses.asdict(self.accounts)}
+            self.checkpoints.save(state, told, scores)
+
+    def _sample(self, step: int, params) -> None:
+        first = "samples" not in self.compiled
+        self.progress.say(f"step {step}: sampling{', which compiles first' if first else ''}")
+        self.compiled.add("samples")
+        with self.accounts.timed("first samples" if first else "samples"):
+            samples.write(self.workdir, step, self.sample(params, *self.frozen))
+
     def _evaluate(self, step: int, params) -> dict[str, float] | None:
+        """Writes the loss over all validation tokens, and by domain; returns what can rank a checkpoint."""
         self.progress.say(f"step {step}: evaluating")
-        total, weight, sums = 0.0, 0.0, {}
-        for batch in self.validation():
-            loss = jax.device_get(self.eval_step(params, sharding.put(batch, self.program.batch), *self.frozen))
-            total, weight = total + float(loss.total), weight + float(loss.weight)
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.metrics.items()}
-        if not weight:
-            raise InputError("the validation batches have no target to learn: every loss_mask is 0")
-        scores = {"validation/loss": total / weight}
-        scores |= {f"validation/{name}": value / weight for name, value in sums.items()}
+        with self.accounts.timed("evaluation"):
+            sums = {domain: self._sums(domain, params) for domain in self.validation}
+        named = {"validation": jax.tree.map(lambda *values: sum(values), *sums.values())}
+        if len(sums) > 1:
+            named |= {f"validation/{domain}": of_one for domain, of_one in sums.items()}
+        scores = {}
+        for name, loss in named.items():
+            mean = loss.total / loss.weight
+            scores |= {f"{name}/loss": mean, f"{name}/perplexity": float(np.exp(np.float64(mean)))}
+            scores |= {f"{name}/{metric}": value / loss.weight for metric, value in loss.metrics.items()}
         self.writer.write(step, scores)
-        self.progress.say(f"step {step}: validation loss {scores['validation/loss']:.4f}")
-        return scores if np.isfinite(total) else None  # a loss that is not finite cannot rank a checkpoint
+        told = "".join(f", {name.split('/', 1)[1]} {scores[f'{name}/loss']:.4f}" for name in list(named)[1:])
+        self.progress.say(f"step {step}: validation loss {scores['validation/loss']:.4f}{told}")
+        return scores if np.isfinite(named["validation"].total) else None  # what is not finite ranks nothing
+
+    def _sums(self, domain: str, params) -> Loss:
+        """Returns the Loss of one domain's batches, added up."""
+        found = None
+        for batch in self.validation[domain]():
+            loss = self.eval_step(params, sharding.put(batch, self.program.batch), *self.frozen)
+            loss = jax.tree.map(float, jax.device_get(loss._replace(tally=())))
+            found = loss if found is None else jax.tree.map(operator.add, found, loss)
+        if found is None or not found.weight:
+            raise InputError(f"the validation batches{f' of {domain}' if domain else ''} have no target to learn")
+        return found

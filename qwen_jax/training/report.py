@@ -1,41 +1,190 @@
-"""What a run leaves for its reader: curves as PNG and a short report.md, made from metrics.jsonl and config.json."""
+"""What a run leaves for its reader: report.md, and report.html with its picture inside.
+
+Made from what the run wrote: config.json, metrics.jsonl, accounts.json, samples/.
+"""
 
 import pathlib
+from typing import NamedTuple
 
-from qwen_jax.files import write_whole
-from qwen_jax.training import hosts, metrics, workdir
+from qwen_jax.training import accounts, hosts, metrics, page, samples, workdir
+from qwen_jax.training.page import Block, Code, Picture, Table, Text
+
+MOST_ROWS = 24  # of the table of evaluations; the curve has them all
+MOST_TEXT = 500  # characters of a sample; the files have them all
 
 
-def write(folder: str | pathlib.Path, *, title: str) -> None:
-    """Writes plots/loss.png and report.md into a run's folder, on the first process."""
-    hosts.once(lambda: _write(pathlib.Path(folder), title))
+class Budget(NamedTuple):
+    """What a whole run on rows reads.
+
+    Attributes:
+      rows, length: how many rows, of how many tokens.
+      padding: share of the places in a row that hold no token.
+      epochs: how often each part of the training data is read.
+    """
+
+    rows: int
+    length: int
+    padding: float
+    epochs: list[float]
 
 
-def _write(folder: pathlib.Path, title: str) -> None:
-    rows, record = metrics.read(folder), workdir.read(folder)
+def write(folder: str | pathlib.Path, *, title: str, budget: Budget | None = None) -> None:
+    """Writes plots/loss.png, report.md and report.html into a run's folder, on the first process."""
+    hosts.once(lambda: _write(pathlib.Path(folder), title, budget))
+
+
+def _write(folder: pathlib.Path, title: str, budget: Budget | None) -> None:
+    rows, record, books = metrics.read(folder), workdir.read(folder), accounts.read(folder)
     plot_losses(folder / "plots" / "loss.png", {title: rows})
+    blocks = [*head(title, record, books), *differences(record), *curves(rows), *speed(rows, books)]
+    if books:
+        blocks += [*tokens(budget, books), *time_and_memory(books)]
+    blocks += [*compared(samples.read(folder)), *versions(record)]
+    page.write(folder, "report", blocks)
+
+
+def head(title: str, record: dict, books: accounts.Accounts | None = None) -> list[Block]:
+    """What was run, and when."""
+    times = f", in {books.starts} starts" if books and books.starts > 1 else ""
+    argv = " ".join(record["argv"][1:])
+    return [Text(title, 1), Text(f"Begun {record['started']}{times}, last with these words:"), Code(argv)]
+
+
+def differences(record: dict) -> list[Block]:
+    """What differs from the recipe that was named."""
+    changed = record.get("changed")
+    title = Text("What differs from the recipe", 2)
+    if changed is None:
+        return [title, Text(f"Nothing is known: {record['recipe']!r} is a recipe of another experiment.")]
+    if not changed:
+        return [title, Text(f"Nothing: this is {record['recipe']!r} as it stands.")]
+    rows = [[f"--{name.replace('_', '-')}", *map(str, both)] for name, both in changed.items()]
+    return [title, Table(["flag", f"recipe {record['recipe']}", "this run"], rows)]
+
+
+def domains(rows: list[dict]) -> list[str]:
+    """Names of the domains that were evaluated apart."""
+    names = (name for row in rows for name in row if name.startswith("validation/") and name.endswith("/loss"))
+    inner = (name.removeprefix("validation/").removesuffix("/loss") for name in names if name.count("/") > 1)
+    return list(dict.fromkeys(inner))
+
+
+def curves(rows: list[dict]) -> list[Block]:
+    """Losses, as a picture and as a table of the evaluations."""
     losses = [row["loss"] for row in rows if "loss" in row]
     scores = [row for row in rows if "validation/loss" in row]
-    lines = [f"# {title}", "", f"Started {record['started']} with `{' '.join(record['argv'][1:])}`.", ""]
-    lines += ["| step | validation loss (nats per token) |", "|---|---|"]
-    lines += [f"| {row['step']} | {row['validation/loss']:.4f} |" for row in scores]
     last = f"{losses[-1]:.4f}" if losses else "none was finite"
-    lines += ["", f"Last training loss: {last}.", "", *speed(rows), "", "![loss](plots/loss.png)", ""]
-    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".", ""]
-    write_whole(folder / "report.md", "\n".join(lines))
+    blocks = [Text("Losses", 2), Text(f"Last training loss: {last}. All losses are nats per learned token.")]
+    blocks.append(Picture("plots/loss.png", "loss"))
+    if not scores:
+        return blocks
+    best = min(scores, key=lambda row: row["validation/loss"])
+    names = ["validation/loss", "validation/perplexity", *(f"validation/{name}/loss" for name in domains(rows))]
+    stride = -(-len(scores) // MOST_ROWS)
+    shown = [row for place, row in enumerate(scores) if place % stride == 0 or row in (best, scores[-1])]
+    header = ["step", "validation loss", "perplexity", *(f"{name} loss" for name in domains(rows))]
+    table = [[str(row["step"]), *(f"{row[name]:.4f}" if name in row else "" for name in names)] for row in shown]
+    told = (
+        f"Validation loss: {scores[0]['validation/loss']:.4f} at step {scores[0]['step']}, "
+        f"{scores[-1]['validation/loss']:.4f} at step {scores[-1]['step']}, lowest {best['validation/loss']:.4f} at "
+        f"step {best['step']}."
+    )
+    return [*blocks, Text(told), Table(header, table)]
 
 
-def speed(rows: list[dict]) -> list[str]:
-    """Returns the median step time, tokens/s and utilisation of the logged steps, as lines of a report."""
+def speed(rows: list[dict], books: accounts.Accounts | None) -> list[Block]:
+    """Tokens/s and utilisation, with their formulas."""
+    blocks = [Text("Speed", 2), Text(median_step(rows))]
+    if books:
+        blocks.append(
+            Text(
+                "Tokens/s are those of the batch, padding included, over the time from step to step, without "
+                "evaluations and checkpoints. Utilisation is tokens/s x FLOPs per token / peak: "
+                f"{books.flops_per_token:.4g} FLOPs per token (6 per parameter of a matrix product, 4 where it is "
+                "frozen, and 12 x layers x heads x head_dim x length / 2 for causal attention; nothing recomputed), "
+                f"peak {books.peak_flops:.4g} FLOP/s ({books.peak_source})."
+            )
+        )
+    return blocks
+
+
+def median_step(rows: list[dict]) -> str:
+    """Returns the median step time, tokens/s and utilisation of the logged steps, as a sentence."""
     steps = sorted((row for row in rows if "step_seconds" in row), key=lambda row: row["step_seconds"])
     if not steps:
-        return ["No step was logged."]
+        return "No step was logged."
     middle = steps[len(steps) // 2]
-    return [
+    return (
         f"Median step: {middle['step_seconds']:.3f} s, {middle['tokens_per_second']:,.0f} tokens/s, "
-        f"{middle['model_flops_utilisation']:.1%} of peak (per token, forward and backward: 6 x parameters of matrix "
-        "products, and causal attention)."
+        f"{middle['model_flops_utilisation']:.1%} of peak."
+    )
+
+
+def tokens(budget: Budget | None, books: accounts.Accounts) -> list[Block]:
+    """What was read, and how much of it was learned."""
+    if budget is None:
+        return []
+    places = budget.rows * budget.length
+    lines = [
+        ["rows", f"{budget.rows:,} of {budget.length:,} tokens"],
+        ["places", f"{places:,}"],
+        ["padding", f"{budget.padding:.2%} of places"],
+        ["tokens read", f"{places * (1 - budget.padding):,.0f}"],
+        ["learned tokens (targets in the loss)", f"{books.weight:,.0f}, {books.weight / places:.1%} of places"],
+        ["epochs", ", ".join(f"{epochs:.2f}" for epochs in budget.epochs)],
     ]
+    return [Text("Token budget", 2), Table(["what", "how much"], lines)]
+
+
+def time_and_memory(books: accounts.Accounts) -> list[Block]:
+    """Where the time and the memory went."""
+    whole = sum(books.seconds.values())
+    order = sorted(books.seconds.items(), key=lambda item: -item[1])
+    spent = [[name, f"{seconds:,.1f}", f"{seconds / whole:.1%}"] for name, seconds in order]
+    memory = dict(books.memory)
+    host, device = memory.pop("host_peak", None), memory.pop("device_peak", None)
+    lines = [[f"the train step's {name}, each device", _gigabytes(size)] for name, size in memory.items()]
+    if memory:
+        peak = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+        lines.append(["the train step, each device (arguments + outputs - aliased + temporaries)", _gigabytes(peak)])
+    lines += [["peak in use on a device", _gigabytes(device)]] if device else []
+    lines += [["peak resident on the first host", _gigabytes(host)]] if host else []
+    return [
+        Text("Where the time and the memory went", 2),
+        Text(
+            f"{whole:,.1f} s of wall time in the loop. `step` is the wait for the device, `data` the wait for batches, "
+            "`first samples` holds their compilation."
+        ),
+        Table(["time", "s", "share"], [*spent, ["all", f"{whole:,.1f}", "100%"]]),
+        Table(["memory", "GB"], lines),
+    ]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3f}"
+
+
+def compared(kept: dict[int, list[dict]]) -> list[Block]:
+    """Samples of the first and the last time, side by side."""
+    if not kept:
+        return []
+    first, last = min(kept), max(kept)
+    rows = [
+        [old["domain"], f"… {old['prompt'][-MOST_TEXT:]}" if len(old["prompt"]) > MOST_TEXT else old["prompt"]]
+        + [text[:MOST_TEXT] for text in (old["reference"], old["completion"], new["completion"])]
+        for old, new in zip(kept[first], kept[last], strict=False)
+    ]
+    return [
+        Text("Samples", 2),
+        Text(f"Held-out prompts, continued with the likeliest token each time; all steps are in {samples.FOLDER}/."),
+        Table(["domain", "prompt", "the data's answer", f"step {first}", f"step {last}"], rows),
+    ]
+
+
+def versions(record: dict) -> list[Block]:
+    """What it ran with."""
+    listed = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [Text("Versions", 2), Text(f"{listed}; this code: {record['git'] or 'not from a git checkout'}.")]
 
 
 def plot_losses(path: pathlib.Path, runs: dict[str, list[dict]], baselines: dict[str, dict[str, float]] | None = None):
@@ -53,7 +202,9 @@ def plot_losses(path: pathlib.Path, runs: dict[str, list[dict]], baselines: dict
 
     figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False, layout="constrained")
     for axis, (title, rows) in zip(axes[0], runs.items(), strict=True):
-        for name, style in (("loss", dict(lw=1, alpha=0.7)), ("validation/loss", dict(marker="o", ms=4))):
+        styles = {"loss": dict(lw=1, alpha=0.7), "validation/loss": dict(marker="o", ms=4)}
+        styles |= {f"validation/{name}/loss": dict(lw=1, ls="--") for name in domains(rows)}
+        for name, style in styles.items():
             found = [row for row in rows if name in row]
             axis.plot(
                 [row["step"] for row in found], [row[name] for row in found], label=name.replace("/", " "), **style

@@ -1,15 +1,18 @@
 """What pretraining and fine-tuning share once their rows are made: the loop on batches of rows, and its report."""
 
 import contextlib
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from qwen_jax import sharding
 from qwen_jax.batches import LMBatch
-from qwen_jax.config import QwenConfig
+from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import loader
-from qwen_jax.training import loop, report, throughput
+from qwen_jax.data.packing import MixedRows
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.training import loop, report, samples, throughput
 from qwen_jax.training.program import Program
 from qwen_jax.training.state import TrainState
 
@@ -19,6 +22,7 @@ class Config(Protocol):
 
     model: QwenConfig
     loop: loop.LoopConfig
+    samples: samples.SamplesConfig
     length: int  # tokens in a row
     batch_size: int  # rows in a step, over all processes
     seed: int
@@ -27,13 +31,15 @@ class Config(Protocol):
 def fit(
     program: Program,
     train: Sequence[LMBatch],
-    validation: Sequence[LMBatch],
+    validation: Mapping[str, Sequence[LMBatch]],
+    tok: Tokenizer,
     *,
     config: Config,
     workdir: pathlib.Path,
-    initial: Callable[[], TrainState],
     experiment: str,
     recipe: str,
+    initial: Callable[[], TrainState],
+    lora: LoraConfig | None = None,
     frozen: tuple = (),
 ) -> TrainState:
     """Trains on batches of rows to the end, or on from where the folder stands, and writes report.md.
@@ -41,11 +47,13 @@ def fit(
     Args:
       program: from `program.build`, its batch [batch_size, length].
       train: rows [length]; shuffled by config.seed, shared out over processes, read for ever.
-      validation: rows [length]; every evaluation reads them all.
+      validation: domain -> rows [length]; every evaluation reads them all, and the first are continued as samples.
+      tok: what the rows were made with.
       config: of the experiment.
       workdir: from `workdir.prepare`.
-      initial: makes the state of step 0.
       experiment, recipe: what its lines and the report are headed with.
+      initial: makes the state of step 0.
+      lora: of the adapters that are trained beside the frozen model, if there are.
       frozen: the arrays of program.frozen.
 
     Returns:
@@ -62,6 +70,7 @@ def fit(
     )
     share = sharding.share(program.batch.tokens)
     batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
+    held_out = functools.partial(loader.evaluation, batch_size=config.batch_size, **share)
     with contextlib.closing(batches):
         state = loop.fit(
             program,
@@ -69,11 +78,27 @@ def fit(
             config=config.loop,
             workdir=workdir,
             initial=initial,
-            validation=lambda: loader.evaluation(validation, batch_size=config.batch_size, **share),
+            validation={domain: functools.partial(held_out, rows) for domain, rows in validation.items()},
+            sample=samples.sampler(
+                config.model, tok, validation, config=config.samples, layout=program.layout, lora=lora
+            ),
+            sample_every=config.samples.every,
             flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
             label=experiment,
             frozen=frozen,
         )
-    report.write(workdir, title=f"{experiment} {recipe}")
+    report.write(workdir, title=f"{experiment} {recipe}", budget=budget(config, train))
     loop.say(experiment, f"done: figures in {workdir / 'report.md'}, model in {workdir / 'checkpoints'}")
     return state
+
+
+def budget(config: Config, train: Sequence[LMBatch]) -> report.Budget:
+    """Returns what a whole run reads."""
+    rows = config.loop.steps * config.batch_size
+    if isinstance(train, MixedRows):
+        shares = [weight / sum(train.weights) for weight in train.weights]
+        epochs = [rows * share / len(part) for part, share in zip(train.parts, shares, strict=True)]
+        padding = sum(share * (1 - part.efficiency) for part, share in zip(train.parts, shares, strict=True))
+    else:
+        epochs, padding = [rows / len(train)], 1 - train.efficiency
+    return report.Budget(rows=rows, length=config.length, padding=padding, epochs=epochs)

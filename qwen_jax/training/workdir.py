@@ -1,7 +1,8 @@
 """A run's folder: its resolved config, what it was run with, and the guard against mixing two runs.
 
-config.json    experiment, recipe, the whole config, versions, git revision, command line
-metrics.jsonl  checkpoints/  samples/  plots/  report.md  and TensorBoard events
+config.json    experiment, recipe, the whole config and what in it is not the recipe's, versions, git revision, words
+accounts.json  where time and memory went
+metrics.jsonl  checkpoints/  samples/  plots/  report.md  report.html  and TensorBoard events
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Container, Iterator, Mapping
 from importlib import metadata
 
 from qwen_jax.config import LoraConfig, QwenConfig
@@ -21,14 +23,16 @@ from qwen_jax.training import hosts
 
 # Where a run lives, how it is computed and how often it reports may change between two starts; what it computes, not.
 FREE_TO_CHANGE = {
-    "mesh",
+    *("mesh", "samples"),
     *("remat", "attention", "scan_layers"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped"),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "tiktoken")
 
 
-def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str) -> pathlib.Path:
+def prepare(
+    workdir: str | os.PathLike, config, *, experiment: str, recipe: str, recipes: Mapping[str, Callable] | None = None
+) -> pathlib.Path:
     """Makes the folder, or checks that it is this run's own, and writes config.json, on the first process.
 
     A folder that holds nothing but a config.json is of a run that stopped before it did anything: it is taken over.
@@ -37,6 +41,7 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
       workdir: the folder.
       config: the experiment's frozen dataclass, resolved.
       experiment, recipe: what was asked for, for the record.
+      recipes: the experiment's, to tell what differs from the one of that name.
 
     Raises:
       InputError: where the folder holds a run with another config (the message names the first field that differs) or
@@ -46,7 +51,7 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
 
     def write():
         try:
-            _prepare(workdir, config, experiment, recipe)
+            _prepare(workdir, config, experiment, recipe, (recipes or {}).get(recipe))
         except OSError as error:
             raise InputError(f"{workdir} cannot be a run's folder: {error.strerror}; use another --workdir") from None
 
@@ -54,7 +59,7 @@ def prepare(workdir: str | os.PathLike, config, *, experiment: str, recipe: str)
     return workdir
 
 
-def _prepare(workdir: pathlib.Path, config, experiment: str, recipe: str) -> None:
+def _prepare(workdir: pathlib.Path, config, experiment: str, recipe: str, made: Callable | None) -> None:
     path = workdir / "config.json"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"experiment": experiment, "recipe": recipe, "config": to_json(config), "started": now, "argv": sys.argv}
@@ -67,7 +72,8 @@ def _prepare(workdir: pathlib.Path, config, experiment: str, recipe: str) -> Non
     elif held:
         raise InputError(f"{workdir} is not empty and holds no config.json: not a run's folder; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    record |= {"versions": versions(), "git": git_revision()}
+    changed = dict(differences(to_json(made()), record["config"])) if made else None
+    record |= {"changed": changed, "versions": versions(), "git": git_revision()}
     write_whole(path, json.dumps(record, indent=2))
 
 
@@ -130,22 +136,19 @@ def _check_same(path: pathlib.Path, found: dict, record: dict) -> None:
     for name in ("experiment", "recipe"):
         if found[name] != record[name]:
             raise InputError(f"{path} is of {name} {found[name]!r}, not {record[name]!r}; use another --workdir")
-    difference = _first_difference(found["config"], record["config"])
-    if difference:
-        name, old, new = difference
-        raise InputError(f"{path} holds {name} = {old!r}, this run wants {new!r}; use another --workdir")
+    for flag, (old, new) in differences(found["config"], record["config"], ignoring=FREE_TO_CHANGE):
+        raise InputError(f"{path} holds {flag} = {old!r}, this run wants {new!r}; use another --workdir")
 
 
-def _first_difference(old: dict, new: dict, prefix: str = ""):
-    """Returns (name, old value, new value) of the first field that differs, or None."""
-    for key in sorted(old.keys() | new.keys()):
-        if key in FREE_TO_CHANGE:
-            continue
+def differences(
+    old: dict, new: dict, prefix: str = "", *, ignoring: Container[str] = ()
+) -> Iterator[tuple[str, tuple]]:
+    """Yields (name, (old value, new value)) of the fields of two configs that differ; names of inner ones have dots."""
+    for key in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(key), new.get(key)
+        if key in ignoring or a == b:
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
-            inner = _first_difference(a, b, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif a != b:
-            return f"{prefix}{key}", a, b
-    return None
+            yield from differences(a, b, f"{prefix}{key}.", ignoring=ignoring)
+        else:
+            yield f"{prefix}{key}", (a, b)

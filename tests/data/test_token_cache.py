@@ -261,3 +261,32 @@ def test_no_document_for_a_split_is_one_line(folder, monkeypatch):
     write(folder.parent / "a.jsonl", chats(2))
     with pytest.raises(InputError, match="^a.jsonl: no document for split 'validation' .*2 records"):
         rows("a.jsonl", folder, monkeypatch, split="validation")
+
+
+def test_held_out_rows_of_a_mixture_are_packed_source_by_source(folder, monkeypatch):
+    monkeypatch.setenv("QWEN_JAX_CACHE", str(folder))
+    few, many = chats(9), [[{"role": "user", "content": f"and {n}"}, *chats(1)[0][1:]] for n in range(60)]
+    write(folder.parent / "few.jsonl", few)
+    write(folder.parent / "many.jsonl", many)
+    rendering = Rendering(max_length=256, too_long="split")
+    ids = lambda some: sorted(ids for ids, _ in expected(some))
+    for dataset, count, expected_shares in (
+        ("few.jsonl,many.jsonl", 999, None),  # all there is
+        ("few.jsonl:1,many.jsonl:3", 8, (2, 6)),
+        ("few.jsonl:1,many.jsonl:99", 4, (1, 4)),
+    ):
+        made = datasets.held_out(dataset, TOK, rendering, count=count, hold_out=False)
+        assert list(made.rows) == ["few", "many"] and "few" in made.told[-1]
+        if expected_shares:
+            assert tuple(map(len, made.rows.values())) == expected_shares
+        for rows, said in zip(made.rows.values(), (few, many), strict=True):
+            documents = [
+                row.tokens[row.segment_ids == n].tolist() for row in rows for n in range(1, row.segment_ids.max() + 1)
+            ]
+            assert sorted(documents) == ids(said) if expected_shares is None else all(d in ids(said) for d in documents)
+
+
+def test_short_names_tell_sources_apart():
+    names = ["chats/a.jsonl.gz", "gs://b/c/*.parquet", "chitchat", "b/a.jsonl", "tfds_set/config:1.0.0"]
+    assert sources.short_names(names) == ["a_1", "*", "chitchat", "a_4", "tfds_set_config:1.0.0"]
+    assert sources.names(" a.jsonl:0.7, b.parquet:0.3,") == ["a.jsonl", "b.parquet"]

@@ -11,7 +11,8 @@ from qwen_jax import chat, config, hf, models, sharding, tokenizer
 from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import checkpoint, metrics, pretrained
+from qwen_jax.training import checkpoint, metrics, pretrained, samples
+from qwen_jax.training.samples import SamplesConfig
 from tests.conftest import MESHES
 
 TRAINING = {"pretrain": pretrain, "sft": sft}
@@ -90,6 +91,7 @@ def pretrained_run(tmp_path_factory):
 def test_lora_trains_adapters_and_control_rows_beside_a_run_and_goes_on_after_a_stop(pretrained_run, tmp_path, capsys):
     smoke = dataclasses.replace(
         sft.smoke(), base=str(pretrained_run), lora=LoraConfig(rank=2, dropout=0.1), dropout=0.1,
+        samples=SamplesConfig(prompts=2, max_new_tokens=4),
         optimizer=dataclasses.replace(sft.smoke().optimizer, peak_lr=0.1),
     )  # fmt: skip
     sft.run(dataclasses.replace(smoke, mesh=MESHES["fsdp2-context2-tensor2"]), tmp_path / "run", "smoke")
@@ -109,6 +111,11 @@ def test_lora_trains_adapters_and_control_rows_beside_a_run_and_goes_on_after_a_
     assert sorted(np.flatnonzero(moved)) == sorted(marks)
     assert chat.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "Hi", "--max-new-tokens", "2"]) is None
     capsys.readouterr()
+    kept = samples.read(tmp_path / "run")
+    assert list(kept) == [0, 2] and [len(of_one) for of_one in kept.values()] == [2, 2]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "| --lora.rank | 0 | 2 |" in text and "| --optimizer.peak-lr | 0.001 | 0.1 |" in text
+    assert "| made-up | \\<\\|im\\_start\\|>system⏎" in text
     sft.run(dataclasses.replace(smoke, mesh=MESHES["fsdp2-context2-tensor2"]), tmp_path / "run", "smoke")
     assert "already at step 2 of 2" in capsys.readouterr().out
 

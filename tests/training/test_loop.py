@@ -1,5 +1,7 @@
 """The loop: what it writes, when it gives up, what it never touches."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from qwen_jax import sharding
 from qwen_jax.config import get
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import loop, metrics, report, throughput, workdir
+from qwen_jax.training import accounts, loop, metrics, report, samples, throughput, workdir
 from qwen_jax.training.checkpoint import Checkpoints
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -34,14 +36,17 @@ class Numbered:
         self.next = state["next_index"]
 
 
-def fit(built, folder, **config):
+def fit(built, folder, *, sample=None, sample_every=0, **config):
+    folder.mkdir(exist_ok=True)
     return loop.fit(
         built,
         Numbered(),
         config=LoopConfig(**{**dict(steps=4, log_every=2, eval_every=2, checkpoint_every=2), **config}),
         workdir=folder,
         initial=lambda: built.init(jax.random.key(0)),
-        validation=lambda: [lm.batch(seed=100), lm.batch(seed=101)],
+        validation={"a": lambda: [lm.batch(seed=100)], "b": lambda: [lm.batch(seed=101), lm.batch(seed=102)]},
+        sample=sample,
+        sample_every=sample_every,
         flops_per_token=1e6,
         label="test",
     )
@@ -64,12 +69,52 @@ def test_it_writes_figures_and_tells_of_compilation(tmp_path, capsys):
     assert "compiling the train step" in out and "compiling the evaluation" in out and out.count("compiled in") == 2
     assert "making the parameters of step 0" in out and "step 0: evaluating" in out and "step 2/4" in out
     assert list(tmp_path.glob("events.out.tfevents.*"))
-    # Validation is the mean over all targets of all batches, not a mean of the batches' means.
+    # Validation is the mean over all targets of all batches, not a mean of the batches' means, nor of the domains'.
     sums = [
-        language_model_loss(state.params, lm.batch(seed=s), None, model=lm.MODEL, layout=Layout()) for s in (100, 101)
+        language_model_loss(state.params, lm.batch(seed=s), None, model=lm.MODEL, layout=Layout())
+        for s in (100, 101, 102)
     ]
-    expected = sum(float(s.total) for s in sums) / sum(float(s.weight) for s in sums)
-    assert rows[-1]["validation/loss"] == pytest.approx(expected, rel=1e-5)
+    mean = lambda some: float(sum(s.total for s in some)) / float(sum(s.weight for s in some))
+    for name, some in (("validation", sums), ("validation/a", sums[:1]), ("validation/b", sums[1:])):
+        assert rows[-1][f"{name}/loss"] == pytest.approx(mean(some), rel=1e-5)
+        assert rows[-1][f"{name}/perplexity"] == pytest.approx(np.exp(mean(some)), rel=1e-4)
+    assert f"validation loss {mean(sums):.4f}, a {mean(sums[:1]):.4f}, b {mean(sums[1:]):.4f}" in out
+
+
+def test_samples_are_taken_before_and_after_training_and_every_so_many_steps(tmp_path):
+    asked = []
+
+    def sample(params):
+        asked.append(float(params["final_norm"]["scale"][0]))
+        return [{"completion": f"answer {len(asked)}"}]
+
+    built = one_device()
+    fit(built, tmp_path, sample=sample, sample_every=3)
+    kept = samples.read(tmp_path)
+    assert kept == {
+        step: [{"step": step, "completion": f"answer {place}"}] for place, step in enumerate((0, 3, 4), start=1)
+    }
+    assert len(set(asked)) == 3 and asked[0] == 1.0  # of the parameters at that step: norms begin at 1
+    fit(built, tmp_path / "other", steps=2, sample=sample)
+    assert list(samples.read(tmp_path / "other")) == [0, 2]
+
+
+def test_accounts_add_up_over_the_starts_of_a_run(tmp_path):
+    """Two starts of 2 steps each: steps and weights of all 4, and the wall time of both."""
+    built, begin = one_device(), time.perf_counter()
+    fit(built, tmp_path, steps=2)
+    fit(built, tmp_path)
+    passed = time.perf_counter() - begin
+    books = accounts.read(tmp_path)
+    assert (books.starts, books.steps) == (2, 4)
+    assert books.weight == sum(lm.batch(seed=n).loss_mask.sum() for n in range(4))
+    assert {"compile", "data", "step", "evaluation", "checkpoint"} == books.seconds.keys()
+    assert 0 < sum(books.seconds.values()) < passed and books.flops_per_token == 1e6
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((built.state, built.batch)))
+    assert books.memory["arguments"] == pytest.approx(whole, rel=0.01) and books.memory["host_peak"] > 1e8
+    before = (tmp_path / accounts.FILE).read_text()
+    fit(built, tmp_path)  # nothing to train
+    assert (tmp_path / accounts.FILE).read_text() == before
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_and_spare_the_checkpoint(tmp_path):
@@ -85,7 +130,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_and_spare_the_checkpoint
     checkpoints = Checkpoints(tmp_path)
     restored, data, _ = checkpoints.restore(built.state)
     checkpoints.close()
-    assert int(restored.step) == 2 and data == {"next_index": 2}
+    assert int(restored.step) == 2 and data["next_index"] == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
