@@ -40,6 +40,7 @@ setup(
     extras_require={
         "test": TEST,
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "eval": ["lm_eval>=0.4.13"],  # pandas, scikit-learn and their like come with it: no test needs them
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
     },
 )

@@ -70,10 +70,7 @@ class Model:
     @property
     def generation(self) -> str:
         """Whose template: the flag, or the generation whose control tokens the tokenizer has."""
-        if self.flags.generation != "auto":
-            return self.flags.generation
-        marks = (("<|extra_0|>", "qwen"), ("<think>", "qwen3"), ("<tool_call>", "qwen2.5"))
-        return next((name for mark, name in marks if mark in self.tok.special_tokens), "qwen2")
+        return generation_of(self.tok) if self.flags.generation == "auto" else self.flags.generation
 
     def ids(self, messages: list[dict]) -> list[int]:
         """Returns the prompt of a conversation, the --system message in front unless it has one."""
@@ -122,40 +119,55 @@ class Model:
             }
 
 
+def generation_of(tok: tokenizer.Tokenizer) -> str:
+    """Returns the generation whose control tokens the tokenizer has."""
+    marks = (("<|extra_0|>", "qwen"), ("<think>", "qwen3"), ("<tool_call>", "qwen2.5"))
+    return next((name for mark, name in marks if mark in tok.special_tokens), "qwen2")
+
+
 def load(flags: Chat) -> Model:
     """Reads config, weights and tokenizer, and lays the weights out for decoding.
 
     Raises:
       InputError: a folder that is no model, a tokenizer with more tokens than the model, a flag out of range.
     """
-    from qwen_jax.training import pretrained  # orbax is slow to import, and --help needs none of it
-
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("tensor", 1)):
         if getattr(flags, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; expected at least {least}")
-    dtype = flags.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    tok = tokenizer.load(pretrained.tokenizer_path(flags.checkpoint))
     layout = Layout()
     if flags.tensor > 1:
         mesh_config = sharding.MeshConfig(fsdp=1, tensor=flags.tensor)
         layout = Layout(sharding.make_mesh(mesh_config, jax.devices()[: flags.tensor]))
-    config, params = _weights(flags, dtype, layout)
-    if tok.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{flags.checkpoint}: the tokenizer has {tok.vocab_size} tokens, the model {config.vocab_size} rows"
-        )
+    config, params, tok = load_model(flags.checkpoint, adapter=flags.adapter, dtype=flags.dtype, layout=layout)
     return Model(config, rollout.prepare(config, params, layout=layout), tok, flags)
 
 
-def _weights(flags: Chat, dtype: str, layout: Layout) -> tuple[QwenConfig, dict]:
-    from qwen_jax import hf
-    from qwen_jax.training import pretrained
+def load_model(
+    checkpoint: str, *, adapter: str = "", dtype: str = "auto", layout: Layout
+) -> tuple[QwenConfig, dict, tokenizer.Tokenizer]:
+    """Returns config, parameters on their devices, and tokenizer of a model to use.
 
-    config = pretrained.read_config(flags.checkpoint).replace(dtype=dtype)
-    if not pretrained.is_run(flags.checkpoint):
+    Args:
+      checkpoint: a Hugging Face folder, or the workdir of a run.
+      adapter: folder of a peft LoRA adapter to add to it.
+      dtype: of the computation, and of the weights where a run did not keep its own; "auto": float32 on a CPU, where
+        bfloat16 is slower.
+      layout: mesh and rules.
+
+    Raises:
+      InputError: a folder that is no model, or a tokenizer with more tokens than the model.
+    """
+    from qwen_jax import hf
+    from qwen_jax.training import pretrained  # orbax is slow to import, and --help needs none of it
+
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    tok = tokenizer.load(pretrained.tokenizer_path(checkpoint))
+    config = pretrained.read_config(checkpoint).replace(dtype=dtype)
+    if not pretrained.is_run(checkpoint):
         config = config.replace(param_dtype=dtype)
+    if tok.vocab_size > config.vocab_size:
+        raise InputError(f"{checkpoint}: the tokenizer has {tok.vocab_size} tokens, the model {config.vocab_size} rows")
     shapes = models.abstract(config)
     if layout.mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -163,11 +175,10 @@ def _weights(flags: Chat, dtype: str, layout: Layout) -> tuple[QwenConfig, dict]
     else:
         places = sharding.tree_shardings(models.axes(config), shapes, layout)
     put = lambda struct, place: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
-    params = pretrained.load_params(flags.checkpoint, jax.tree.map(put, shapes, places))
-    if flags.adapter:
-        adapter = hf.load_adapter(flags.adapter, config)
-        params = jax.jit(adapter.merge, out_shardings=places, donate_argnums=0)(params)
-    return config, params
+    params = pretrained.load_params(checkpoint, jax.tree.map(put, shapes, places))
+    if adapter:
+        params = jax.jit(hf.load_adapter(adapter, config).merge, out_shardings=places, donate_argnums=0)(params)
+    return config, params, tok
 
 
 def converse(model: Model, ask: Callable[[str], str] = input, out: TextIO | None = None) -> None:

@@ -21,7 +21,7 @@ FLOORS = {
 
 # Floor 0 is made of leaves that everyone names: those below may be imported by their neighbours on the floor.
 LEAVES = {"errors", "files", "batches", "long_context"}
-SIDEWAYS = {("sharding", "config"), ("objectives", "ops")}
+SIDEWAYS = {("sharding", "config"), ("objectives", "ops"), ("eval", "chat")}
 # The model arrives as a callable; data workers must not load JAX.
 NEVER = {
     "training": ("models", "flax"),

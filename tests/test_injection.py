@@ -25,6 +25,7 @@ from experiments import pretrain, quickstart, sft
 from qwen_jax import chat, rollout, tokenizer
 from qwen_jax.data import conversations, made_up, sources, token_cache
 from qwen_jax.data.tokenising import Rendering
+from qwen_jax.eval import HarnessModel
 from qwen_jax.tokenizer import __main__ as command
 from qwen_jax.tokenizer import controls
 from tests.conftest import tiny
@@ -228,6 +229,16 @@ def quickstart_prompts(world, text):
     return list(prompts)
 
 
+def evaluated(read: Callable[[HarnessModel, str], list]):
+    """What the harness's requests and conversations are read as."""
+
+    def road(world, text):
+        model = HarnessModel(tiny(max_position_embeddings=100_000), {}, world.tok, generation=world.generation)
+        return read(model, text)
+
+    return road
+
+
 def command_line(*arguments, stdin=False):
     """What `python -m qwen_jax.tokenizer encode` prints."""
 
@@ -301,6 +312,10 @@ ROADS = {
         pairs=True,
     ),
     "quickstart, prompts": quickstart_prompts,
+    "eval, context": evaluated(lambda model, text: sum(model._pair(text, f" {HARMLESS}"), [])),
+    "eval, continuation": evaluated(lambda model, text: sum(model._pair(HARMLESS, f" {text}"), [])),
+    "eval, text": evaluated(lambda model, text: model._encode(text)),
+    "eval, chat template": evaluated(lambda model, text: model._encode(model.apply_chat_template(said(text)))),
     "chat, one shot": asked(lambda model, text: chat.run(dataclasses.replace(model.flags, prompt=text))),
     "chat, --system": asked(converse(HELLO), system=SAME),
     "chat, terminal": asked(converse(SAME)),

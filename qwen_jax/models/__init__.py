@@ -10,6 +10,7 @@ from qwen_jax.models.functional import (
     init,
     log_probs,
     log_probs_and_routing,
+    logits,
     sequence_log_probs,
 )
 from qwen_jax.models.fused import fuse, fused_axes
@@ -28,6 +29,7 @@ __all__ = [
     "init",
     "log_probs",
     "log_probs_and_routing",
+    "logits",
     "lora",
     "sequence_log_probs",
     "upcycle",

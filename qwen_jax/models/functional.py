@@ -127,6 +127,11 @@ def forward(
         config, params, tokens,
         positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths, layout=layout,
     )  # fmt: skip
+    return logits(config, params, hidden_BTD, layout=layout)
+
+
+def logits(config: QwenConfig, params: dict, hidden_BTD: jax.Array, *, layout: Layout = ONE_DEVICE) -> jax.Array:
+    """Returns the logits [B, T, V] float32 of final hidden states, which `hidden_states` returns."""
     head_VD = head(config, params, layout).astype(hidden_BTD.dtype)
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
     if rows := head_rows(config, params):
