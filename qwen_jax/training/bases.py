@@ -1,0 +1,69 @@
+"""What a run that starts from a base takes from it: the model's shape, the tokenizer, the rows of control tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from qwen_jax import tokenizer
+from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.data import sources
+from qwen_jax.errors import InputError
+from qwen_jax.training import control_rows, pretrained, workdir
+
+
+class Config(Protocol):
+    """The fields that an experiment on a base has among its own; a frozen dataclass."""
+
+    base: str  # Hugging Face folder, workdir of a run, or "random"
+    model: QwenConfig
+    lora: LoraConfig
+    template: str
+    dataset: str
+
+
+C = TypeVar("C", bound=Config)
+
+
+def from_base(config: C, folder: Path) -> C:
+    """Returns the config with the model shape that its base has, computed as the recipe says.
+
+    A run that has begun knows the shape itself: it goes on without its base.
+
+    Raises:
+      InputError: where no base was given, or it is neither a Hugging Face folder nor a run.
+    """
+    if config.base == "random":
+        return config
+    if not config.base:
+        raise InputError('--base is missing; expected a Hugging Face folder, the workdir of a run, or "random"')
+    shape = pretrained.read_config(folder if (folder / "tokenizer").exists() else config.base)
+    how = {name: getattr(config.model, name) for name in ("dtype", "param_dtype", "remat", "scan_layers", "attention")}
+    return dataclasses.replace(config, base=str(Path(config.base).absolute()), model=shape.replace(**how))
+
+
+def with_rows(config: C, folder: Path) -> C:
+    """Returns the config of a LoRA run with the rows of the vocabulary that it trains; a run that has begun knows them.
+
+    Raises:
+      InputError: as `control_rows.resolve`.
+    """
+    if not config.lora.rank or config.base == "random":
+        return config
+    if (folder / "tokenizer").exists():
+        lora = dataclasses.replace(config.lora, row_ids=workdir.lora_config(folder).row_ids)
+    else:
+        tok = tokenizer.load(pretrained.tokenizer_path(config.base))
+        lora = control_rows.resolve(config.lora, config.base, tok, template=config.template)
+    return dataclasses.replace(config, lora=lora)
+
+
+def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
+    """Returns the tokenizer of this run: its base's, or for a random one trained at its first start."""
+
+    def make():
+        if config.base != "random":
+            return tokenizer.load(pretrained.tokenizer_path(config.base))
+        chats = sources.load(config.dataset, "train")
+        return tokenizer.train((message["content"] for chat in chats for message in chat), config.model.vocab_size)
+
+    return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
