@@ -8,7 +8,7 @@ where it is not. A kernel cannot be split over a mesh by the compiler: on more t
 from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes and the place of the call only, never at the
 devices of this process: what is compiled ahead of time for another machine is what that machine would have compiled.
 
-Dual chunk attention (`ops.dual_chunk`) is the same with three rotations of each query, by `reference` and `blockwise`.
+Dual chunk attention (`ops.dual_chunk`) is the same with three rotations of each query, by any back end.
 
 Shapes: A kinds of queries, B batch, T queries, S keys, N query heads, K kv heads, G = N/K query heads per kv head, H
 head dim.
@@ -78,12 +78,12 @@ def attention(
     if backend not in BACKENDS:
         raise InputError(f"attention back end {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
     if stride is not None:
-        _check_chunks(q_BTNH, stride, causal, backend, block_sizes)
+        _check_chunks(q_BTNH, stride, causal, block_sizes)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     marks = Marks(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS)
     T, S = q_BTNH.shape[-3], k_BSKH.shape[1]
     if backend == "auto":
-        backend = _choose(T, S, stride)
+        backend = _choose(T, S)
     if backend == "reference":
         q_ABTNH = q_BTNH[None] if stride is None else q_BTNH
         return _reference(q_ABTNH, k_BSKH, v_BSKH, _masks(marks, causal, stride), scale)
@@ -98,15 +98,12 @@ def attention(
     return _in_blocks(*arrays[:3], Marks(*arrays[3:]), spec, backend == "tpu")
 
 
-def _check_chunks(q_ABTNH, stride, causal, backend, block_sizes) -> None:
+def _check_chunks(q_ABTNH, stride, causal, block_sizes) -> None:
     kinds = len(dual_chunk.KINDS)
     if q_ABTNH.ndim != 5 or q_ABTNH.shape[0] != kinds:
         raise InputError(f"queries have shape {q_ABTNH.shape}; dual chunk attention expects [{kinds}, B, T, N, H]")
-    if not causal or backend == "tpu":
-        raise InputError(
-            f"dual chunk attention with causal {causal} and back end {backend!r}; "
-            "it is causal, and its back ends are auto, reference, blockwise"
-        )
+    if not causal:
+        raise InputError(f"dual chunk attention with causal {causal}; it is causal")
     for size in block_sizes or ():
         if stride % size:
             raise InputError(f"blocks of {size} do not divide the stride of {stride}; expected block_sizes that do")
@@ -121,11 +118,9 @@ def _size_within_chunks(stride: int, length: int, most: int) -> int:
     return min(length, divisor if 2 * divisor > most else most)
 
 
-def _choose(T: int, S: int, stride: int | None) -> str:
+def _choose(T: int, S: int) -> str:
     if max(T, S) <= SMALL:
         return "reference"
-    if stride is not None:
-        return "blockwise"
     return "tpu" if T >= KERNEL_LENGTH and jax.sharding.get_abstract_mesh().are_all_axes_manual else "blockwise"
 
 

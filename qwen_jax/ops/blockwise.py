@@ -92,10 +92,10 @@ def forward(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec):
       marks: positions and segment ids, any values.
       spec: block_q at most T, block_k at most S.
     """
-    q_ABTNH = _kinds(q_BTNH, spec)
+    q_ABTNH = by_kind(q_BTNH, spec)
     A, B, T, N, H = q_ABTNH.shape
     K, P, G = k_BSKH.shape[2], spec.block_q, N // k_BSKH.shape[2]
-    queries, keys = _cut_both(marks, spec)
+    queries, keys = cut_both(marks, spec)
     first_AI, last_AI = _ranges(queries, keys, spec)
 
     def query_block(i, outputs):
@@ -132,10 +132,10 @@ def forward(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec):
 
 def backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logsumexp_BTN, marks: Marks, spec: Spec):
     """Returns the gradients of q, k and v from the outputs of `forward` and the cotangents of both."""
-    q_ABTNH = _kinds(q_BTNH, spec)
+    q_ABTNH = by_kind(q_BTNH, spec)
     B, S, K, H = k_BSKH.shape
     P, R = spec.block_q, spec.block_q * q_ABTNH.shape[3] // K
-    queries, keys = _cut_both(marks, spec)
+    queries, keys = cut_both(marks, spec)
     first_AI, last_AI = _ranges(queries, keys, spec)
 
     def query_block(i, grads):
@@ -177,7 +177,8 @@ def backward(q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logs
     return dq_ABTNH.reshape(q_BTNH.shape), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
 
 
-def _kinds(q_BTNH, spec: Spec):
+def by_kind(q_BTNH, spec: Spec):
+    """Returns the queries with an axis of kinds in front, which plain attention's have not."""
     return q_BTNH if spec.stride else q_BTNH[None]
 
 
@@ -245,6 +246,11 @@ def seen(queries: Blocks, keys: Blocks, causal: bool):
     return seen_IJB
 
 
+def seen_by_kind(queries: Blocks, keys: Blocks, spec: Spec):
+    """Returns [A, I, J, B] bool: `seen` of every kind of the blocks of `cut_both`."""
+    return jax.vmap(lambda queries: seen(queries, keys, spec.causal))(queries)
+
+
 def bounds(seen_IJB, axis: int | tuple[int, int]):
     """Returns the index along `axis` (the first of them) of the first True, and of the last one plus 1; int32.
 
@@ -256,25 +262,24 @@ def bounds(seen_IJB, axis: int | tuple[int, int]):
     return jnp.where(seen_IJB, index, size).min(axis=axis), jnp.where(seen_IJB, index + 1, 0).max(axis=axis)
 
 
-def _cut_both(marks: Marks, spec: Spec) -> tuple[Blocks, Blocks]:
+def cut_both(marks: Marks, spec: Spec) -> tuple[Blocks, Blocks]:
     """Cuts both sides; the queries' blocks have an axis of kinds in front."""
     keys = cut(marks.kv_positions_BS, marks.kv_segment_ids_BS, spec.block_k)
     segment_ids_BT = marks.q_segment_ids_BT
     if spec.stride is None:
-        kinds = marks.q_positions_BT[None], segment_ids_BT[None], None
+        windows = marks.q_positions_BT[None], segment_ids_BT[None], None
     else:
         since_ABT, until_ABT = dual_chunk.windows(marks.q_positions_BT, spec.stride)
         # A window that ends before any key is told as padding, so that a first chunk costs nothing for earlier ones,
         # whatever documents its block holds.
         empty_ABT = until_ABT < jnp.min(marks.kv_positions_BS, initial=INT32.max)
-        kinds = until_ABT, jnp.where(empty_ABT, 0, segment_ids_BT[None]), since_ABT
-    return jax.vmap(lambda positions, ids, since: cut(positions, ids, spec.block_q, since))(*kinds), keys
+        windows = until_ABT, jnp.where(empty_ABT, 0, segment_ids_BT[None]), since_ABT
+    return jax.vmap(lambda positions, ids, since: cut(positions, ids, spec.block_q, since))(*windows), keys
 
 
 def _ranges(queries: Blocks, keys: Blocks, spec: Spec):
     """Returns [A, I] the first key block that a query block needs for any row of the batch, and one past the last."""
-    seen_AIJB = jax.vmap(lambda queries: seen(queries, keys, spec.causal))(queries)
-    return bounds(seen_AIJB, axis=(2, 3))
+    return bounds(seen_by_kind(queries, keys, spec), axis=(2, 3))
 
 
 def _least(blocks: Blocks):

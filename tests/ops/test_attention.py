@@ -54,8 +54,8 @@ def packed(rng, B, T):
     return np.where(padding, 0, segments), np.where(padding, 0, positions)
 
 
-def reference(q, k, v, *marks, causal=True):
-    return ops.attention(q, k, v, **dict(zip(MARKS, marks, strict=True)), causal=causal, backend="reference")
+def reference(q, k, v, *marks, **keywords):
+    return ops.attention(q, k, v, **dict(zip(MARKS, marks, strict=True)), backend="reference", **keywords)
 
 
 def by_blocks(q, k, v, *marks, causal=True, blocks=(16, 16), backend="blockwise"):

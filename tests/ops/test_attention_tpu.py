@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from qwen_jax.long_context import DualChunk
 from qwen_jax.ops import blockwise
-from qwen_jax.ops.kernels import flash_tpu
+from qwen_jax.ops.kernels import flash_tpu, walk
 from tests.ops import test_attention as cases
+from tests.ops import test_dual_chunk as dual_chunks
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,55 @@ def test_kernels_equal_blockwise_with_all_gradients(shape, causal):
         marks = blockwise.Marks(*cases.marks(1, kind, *shape[:3]))
         inputs = *cases.arrays(0, *shape), marks
         cases.assert_close(interpreted(*inputs), expected(*inputs))
+
+
+CHUNKED = {  # chunks, (B, T, S, N, K, H), marks: blocks of 128 that divide the stride and that do not; four chunks
+    "aligned": (DualChunk(160, 32), (1, 512, 512, 4, 2, 8), ("ordinary", "packed")),
+    "cut": (DualChunk(100, 30, clamp="paper"), (2, 200, 330, 3, 1, 8), ("cache", "random")),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKED)
+def test_kernels_with_dual_chunks_equal_the_reference_with_all_gradients(case):
+    chunks, shape, kinds = CHUNKED[case]
+    spec = blockwise.Spec(shape[-1] ** -0.5, True, 64, 64, chunks.stride)
+    interpreted = jax.jit(functools.partial(run, Interpreted, spec))
+    reference = cases.with_gradients(functools.partial(cases.reference, stride=chunks.stride))
+    for kind in kinds:
+        seen_by = dual_chunks.non_negative(*cases.marks(1, kind, *shape[:3]))
+        q, k, v, *cotangents = cases.arrays(0, *shape)
+        at = (dual_chunks.rotation(chunks, x, shape[-1]) for x in seen_by[:2])
+        inputs = next(at).queries(q), next(at).keys(k), v, *cotangents
+        cases.assert_close(interpreted(*inputs, blockwise.Marks(*seen_by)), reference(*inputs, *seen_by))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def steps(marks, spec):
+    """Every step of the grid over query blocks, and of the one over key blocks."""
+    grids = []
+    for of_outer in flash_tpu._tile(marks, spec, G=1)[1:]:
+        walked, blocks = walk.make(*of_outer, every_kind=False), of_outer[0].shape[2]
+        twos, longest = walk.grid(walked)
+        two, step = np.mgrid[:twos, : 2 * blocks].reshape(2, -1)
+        places = jax.vmap(functools.partial(walk.locate, walked, 0))(two, step)
+        grids.append((places, twos * longest, step < longest))
+    return grids
+
+
+@pytest.mark.parametrize("chunks, blocks", [(DualChunk(), 8), (DualChunk(320, 64), 8), (DualChunk(320, 64), 7)])
+def test_a_causal_grid_has_no_empty_steps(chunks, blocks):
+    """Each pair of blocks is a step, its kind of query the one that its chunks ask for; nothing else is."""
+    positions = np.arange(128 * blocks)[None]
+    marks = blockwise.Marks(positions, positions, *(np.ones_like(positions),) * 2)
+    chunk = lambda block: block * 128 // (chunks.stride or positions.size)
+    expected = sorted((i, j, min(chunk(i) - chunk(j), 2)) for i in range(blocks) for j in range(i + 1))
+    over_queries, over_keys = steps(marks, blockwise.Spec(1.0, True, 128, 128, chunks.stride))
+    for (places, size, taken), (i, j) in ((over_queries, ("outer", "inner")), (over_keys, ("inner", "outer"))):
+        found = np.stack([getattr(places, of) for of in (i, j, "kind")], axis=1)[places.computes & taken]
+        assert sorted(map(tuple, found.tolist())) == expected
+        assert size - len(found) == blocks % 2 * (blocks + 1) // 2  # the block in the middle has no partner
+        for ends in (places.opens, places.closes):
+            assert sorted(places.outer[ends & taken].tolist()) == list(range(blocks))
 
 
 def test_kernels_do_not_touch_blocks_that_nobody_sees():
@@ -73,9 +124,13 @@ rows, keys = rules.spec(("batch", "length", "heads", "head_dim")), rules.spec(("
 row_marks, key_marks = PartitionSpec(*rows[:2]), PartitionSpec(*keys[:2])
 specs = rows, keys, keys, row_marks, key_marks, row_marks, key_marks
 
+stride = int(sys.argv[2]) or None
+queries = rows if stride is None else PartitionSpec(None, *rows)
+specs = queries, *specs[1:]
+
 def local(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
     return attention(q, k, v, q_positions_BT=q_positions, kv_positions_BS=kv_positions,
-                     q_segment_ids_BT=q_segment_ids, kv_segment_ids_BS=kv_segment_ids)
+                     q_segment_ids_BT=q_segment_ids, kv_segment_ids_BS=kv_segment_ids, stride=stride)
 
 def loss(q, k, v, *marks):
     attend = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(rows, PartitionSpec(*rows[:3])))
@@ -83,6 +138,7 @@ def loss(q, k, v, *marks):
     return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(logsumexp)
 
 shapes = [(4, 1024, heads, 128) for heads in (28, 4, 4)]
+shapes[0] = shapes[0] if stride is None else (3, *shapes[0])
 inputs = [(shape, jnp.bfloat16) for shape in shapes] + [((4, 1024), jnp.int32)] * 4
 inputs = [jax.ShapeDtypeStruct(shape, t, sharding=NamedSharding(mesh, spec))
           for (shape, t), spec in zip(inputs, specs, strict=True)]
@@ -94,13 +150,13 @@ print(json.dumps({"kernels": text.count('custom_call_target="tpu_custom_call"'),
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
-def test_auto_inside_shard_map_compiles_to_the_kernels_for_a_tpu(topology):
+@pytest.mark.parametrize("topology, stride", [("v5p:2x2x1", 0), ("v5e:2x2", 256), ("v5p:2x2x1", 256), ("v6e:2x2", 256)])
+def test_auto_inside_shard_map_compiles_to_the_kernels_for_a_tpu(topology, stride):
     import libtpu
 
     environment = dict(os.environ, TPU_LIBRARY_PATH=libtpu.get_library_path(), TPU_SKIP_MDS_QUERY="1")
     environment |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="true", XLA_FLAGS="")
-    command = [sys.executable, "-c", AHEAD_OF_TIME, topology]
+    command = [sys.executable, "-c", AHEAD_OF_TIME, topology, str(stride)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     # Forward, gradient of the queries, gradient of keys and values; no loop: blockwise is not what was compiled.

@@ -114,15 +114,18 @@ def pair_by_pair(q, k, v, distances, q_positions, kv_positions, q_segments, kv_s
     return out, jnp.where(total == 0, ops.NEG_INF, jnp.log(safe))
 
 
+def rotation(chunks, positions, head_dim):
+    """As a model makes it."""
+    off = dict(yarn=Yarn(), v1=V1Lengths())
+    return rope_scaling.rotation(positions, positions + 1, head_dim=head_dim, theta=THETA, chunks=chunks, **off)
+
+
 def ours(chunks, q, k, v, q_positions, kv_positions, q_segments, kv_segments, **keywords):
     """Unrotated queries and keys in; rotated as a model does it."""
-    at = functools.partial(
-        rope_scaling.rotation, head_dim=q.shape[-1], theta=THETA, yarn=Yarn(), chunks=chunks, v1=V1Lengths()
-    )
     where = dict(q_positions_BT=q_positions, kv_positions_BS=kv_positions)
     where |= dict(q_segment_ids_BT=q_segments, kv_segment_ids_BS=kv_segments)
-    q = at(q_positions, q_positions + 1).queries(q)
-    return ops.attention(q, at(kv_positions, kv_positions + 1).keys(k), v, **where, stride=chunks.stride, **keywords)
+    q, k = rotation(chunks, q_positions, q.shape[-1]).queries(q), rotation(chunks, kv_positions, q.shape[-1]).keys(k)
+    return ops.attention(q, k, v, **where, stride=chunks.stride, **keywords)
 
 
 def non_negative(q_positions, kv_positions, *segments):
@@ -176,7 +179,7 @@ def test_it_is_plain_attention_up_to_the_length_of_training():
 @functools.partial(jax.jit, static_argnums=1)
 def block_pairs(seen_by, spec):
     """How many key blocks each kind of each query block runs over, [A, I]."""
-    first, last = blockwise._ranges(*blockwise._cut_both(seen_by, spec), spec)
+    first, last = blockwise._ranges(*blockwise.cut_both(seen_by, spec), spec)
     return jnp.maximum(last - first, 0)
 
 
@@ -195,7 +198,7 @@ def test_documents_shorter_than_a_chunk_cost_nothing_more_in_a_packed_row():
     assert not block_pairs(seen_by, blockwise.Spec(1.0, True, 16, 16, 48))[1:].any()
 
 
-def test_on_a_tpu_auto_takes_the_kernel_for_plain_attention_only():
+def test_auto_offers_the_kernel_to_a_tpu_with_chunks_and_without():
     mesh = sharding.make_mesh(MESHES["fsdp8"])
     inputs = *arrays(0, 8, 128, 128, 2, 1, 8)[:3], *marks(0, "ordinary", 8, 128, 128)
 
@@ -204,7 +207,7 @@ def test_on_a_tpu_auto_takes_the_kernel_for_plain_attention_only():
         return str(jax.make_jaxpr(local)(*inputs))
 
     rows = jax.sharding.PartitionSpec("fsdp")
-    assert "pallas_call" in program(DualChunk()) and "pallas_call" not in program(DualChunk(64, 16))
+    assert "pallas_call" in program(DualChunk()) and "pallas_call" in program(DualChunk(64, 16))
 
 
 def test_block_sizes_divide_the_stride_where_a_large_one_does():
@@ -217,7 +220,6 @@ def test_block_sizes_divide_the_stride_where_a_large_one_does():
 @pytest.mark.parametrize("keywords, message", [
     (dict(block_sizes=(16, 7), backend="blockwise"), "blocks of 7 do not divide the stride of 48"),
     (dict(causal=False), "causal False"),
-    (dict(backend="tpu"), "back end 'tpu'; .*auto, reference, blockwise"),
 ], ids=str)  # fmt: skip
 def test_what_has_no_chunks_is_refused(keywords, message):
     inputs = *arrays(9, 1, 64, 64, 2, 1, 8)[:3], *marks(0, "ordinary", 1, 64, 64)

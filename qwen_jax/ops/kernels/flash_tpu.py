@@ -4,11 +4,15 @@ FlashAttention-2 (Dao, arXiv:2307.08691): one kernel forward, one for the gradie
 and values. The library kernels of jax take causality from indices and leave rows that see no key undefined; these take
 positions and segment ids as they are at run time.
 
+With dual chunk attention a query comes in three rotations (`ops.dual_chunk`). All are given to the kernels, and each
+step of the grid fetches the one that its block of keys is to meet: the keys are read once, by one softmax.
+
 Logits are held transposed, keys by rows. Whatever is known per query (peak, total, logsumexp, position) is then one row
 of a tile instead of a column, which a TPU would pad to 128 lanes, and the maximum over keys needs no lane reduction.
 
-Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim; I query blocks of P positions, J key
-blocks of C positions; R = G*P, the rows of a query block: the heads that share a kv head, so its keys are read once.
+Shapes: A kinds of queries, B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim; I query blocks
+of P positions, J key blocks of C positions; R = G*P, the rows of a query block: the heads that share a kv head, so its
+keys are read once. What goes into a kernel has six axes: [A or 1, B, K or 1, blocks, rows, columns].
 """
 
 import functools
@@ -20,6 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.ops import blockwise
 from qwen_jax.ops.blockwise import FLOOR, NEG_INF, Marks, Spec
+from qwen_jax.ops.kernels import walk
+from qwen_jax.ops.kernels.walk import Walk
 
 LANES = 128
 ROWS, BLOCK_K = 1024, 512  # R and C where lengths allow: 2 MB of float32 logits in VMEM
@@ -30,74 +36,77 @@ def forward(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec, *, interpret: bool
     """Returns out_BTNH and logsumexp_BTN under the contract of `ops.attention.attention`.
 
     Args:
-      q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16.
+      q_BTNH, k_BSKH, v_BSKH: float32 or bfloat16; queries [A, B, T, N, H] with a stride.
       marks: positions and segment ids, any values.
-      spec: scale and causality; the block sizes are the kernel's own.
+      spec: scale, causality and stride; the block sizes are the kernel's own.
       interpret: run on any platform, slowly: for tests.
     """
-    (T, N, H), K = q_BTNH.shape[1:], k_BSKH.shape[2]
-    P, C = _block_sizes(q_BTNH, k_BSKH)
-    tiles, row_bounds, _ = _tile(marks, P, C, N // K, spec.causal)
-    inputs = [(QUERIES, _fold(q_BTNH, P, K)), (KEYS, _fold(k_BSKH, C, K)), (KEYS, _fold(v_BSKH, C, K)), *tiles]
-    rows = inputs[0][1].shape
-    out_BKIRH, logsumexp_BKI1R = _call(
+    q_ABTNH = blockwise.by_kind(q_BTNH, spec)
+    (B, T, N, H), K = q_ABTNH.shape[1:], k_BSKH.shape[2]
+    P, C = _block_sizes(q_ABTNH, k_BSKH, spec)
+    tiles, of_queries, _ = _tile(marks, spec._replace(block_q=P, block_k=C), N // K)
+    inputs = [(QUERIES, _fold(q_ABTNH, P, K)), (KEYS, _fold(k_BSKH, C, K)), (KEYS, _fold(v_BSKH, C, K)), *tiles]
+    I, R = inputs[0][1].shape[3:5]
+    out_1BKIRH, logsumexp_1BKI1R = _call(
         functools.partial(_forward_kernel, spec),
         QUERIES,
-        row_bounds,
+        walk.make(*of_queries, every_kind=False),
         inputs,
-        [(QUERIES, rows, q_BTNH.dtype), (QUERIES, (*rows[:3], 1, rows[3]), jnp.float32)],
-        [(H, rows[3]), (1, rows[3]), (1, rows[3])],
+        [((1, B, K, I, R, H), q_BTNH.dtype), ((1, B, K, I, 1, R), jnp.float32)],
+        [(H, R), (1, R), (1, R)],
         interpret,
     )
-    logsumexp_BTN1 = _unfold(jnp.swapaxes(logsumexp_BKI1R, 3, 4), T, P)
-    return _unfold(out_BKIRH, T, P), logsumexp_BTN1[..., 0]
+    logsumexp_1BTN1 = _unfold(jnp.swapaxes(logsumexp_1BKI1R, -2, -1), T, P)
+    return _unfold(out_1BKIRH, T, P)[0], logsumexp_1BTN1[0, ..., 0]
 
 
 def backward(
     q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_BTN, d_out_BTNH, d_logsumexp_BTN, marks, spec, *, interpret=False
 ):
     """Returns the gradients of q, k and v from the outputs of `forward` and the cotangents of both."""
-    (T, N), (S, K) = q_BTNH.shape[1:3], k_BSKH.shape[1:3]
-    P, C = _block_sizes(q_BTNH, k_BSKH)
-    tiles, row_bounds, key_bounds = _tile(marks, P, C, N // K, spec.causal)
+    q_ABTNH = blockwise.by_kind(q_BTNH, spec)
+    (T, N), (S, K) = q_ABTNH.shape[2:4], k_BSKH.shape[1:3]
+    P, C = _block_sizes(q_ABTNH, k_BSKH, spec)
+    tiles, of_queries, of_keys = _tile(marks, spec._replace(block_q=P, block_k=C), N // K)
     shift_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH, axis=-1) - d_logsumexp_BTN
-    stats = [jnp.swapaxes(_fold(x[..., None], P, K), 3, 4) for x in (logsumexp_BTN, shift_BTN)]
-    q_BKIRH, d_out_BKIRH = _fold(q_BTNH, P, K), _fold(d_out_BTNH, P, K)
-    k_BKJCH, v_BKJCH = _fold(k_BSKH, C, K), _fold(v_BSKH, C, K)
-    inputs = [(QUERIES, q_BKIRH), (KEYS, k_BKJCH), (KEYS, v_BKJCH), *tiles, (QUERIES, d_out_BKIRH)]
+    stats = [jnp.swapaxes(_fold(x[..., None], P, K), -2, -1) for x in (logsumexp_BTN, shift_BTN)]
+    q_ABKIRH, k_1BKJCH, v_1BKJCH = _fold(q_ABTNH, P, K), _fold(k_BSKH, C, K), _fold(v_BSKH, C, K)
+    inputs = [(QUERIES, q_ABKIRH), (KEYS, k_1BKJCH), (KEYS, v_1BKJCH), *tiles, (QUERIES, _fold(d_out_BTNH, P, K))]
     inputs += [(QUERIES, x) for x in stats]
-    rows, keys = q_BKIRH.shape, k_BKJCH.shape
-    (dq_BKIRH,) = _call(
+    rows, keys = q_ABKIRH.shape, k_1BKJCH.shape
+    (dq_ABKIRH,) = _call(
         functools.partial(_dq_kernel, spec),
         QUERIES,
-        row_bounds,
+        walk.make(*of_queries, every_kind=True),
         inputs,
-        [(QUERIES, rows, q_BTNH.dtype)],
-        [rows[3:]],
+        [(rows, q_BTNH.dtype)],
+        [rows[-2:]],
         interpret,
     )
-    dk_BKJCH, dv_BKJCH = _call(
+    dk_1BKJCH, dv_1BKJCH = _call(
         functools.partial(_dkv_kernel, spec),
         KEYS,
-        key_bounds,
+        walk.make(*of_keys, every_kind=False),
         inputs,
-        [(KEYS, keys, k_BSKH.dtype), (KEYS, keys, v_BSKH.dtype)],
-        [keys[3:], keys[3:]],
+        [(keys, k_BSKH.dtype), (keys, v_BSKH.dtype)],
+        [keys[-2:], keys[-2:]],
         interpret,
     )
-    return _unfold(dq_BKIRH, T, P), _unfold(dk_BKJCH, S, C), _unfold(dv_BKJCH, S, C)
+    dq_ABTNH = _unfold(dq_ABKIRH, T, P)
+    return dq_ABTNH.reshape(q_BTNH.shape), _unfold(dk_1BKJCH, S, C)[0], _unfold(dv_1BKJCH, S, C)[0]
 
 
-def _forward_kernel(spec, step, q, k, v, *refs):
+def _forward_kernel(spec, place, q, k, v, *refs):
+    first, every, last = place.opens, place.computes, place.closes
     *marks, out, logsumexp, acc_HR, total_1R, peak_1R = refs
 
-    @step.first
+    @pl.when(first)
     def _():
         acc_HR[...] = jnp.zeros_like(acc_HR)
         total_1R[...] = jnp.zeros_like(total_1R)
         peak_1R[...] = jnp.full_like(peak_1R, FLOOR)
 
-    @step.every
+    @pl.when(every)
     def _():
         logits_CR = _logits(q, k, marks, spec)
         old_1R = peak_1R[...]
@@ -107,7 +116,7 @@ def _forward_kernel(spec, step, q, k, v, *refs):
         acc_HR[...] = acc_HR[...] * shrink_1R + _dot(v[...], weights_CR.astype(v.dtype), 0, 0)
         peak_1R[...] = new_1R
 
-    @step.last
+    @pl.when(last)
     def _():
         empty_1R = total_1R[...] == 0.0
         safe_1R = jnp.where(empty_1R, 1.0, total_1R[...])
@@ -115,38 +124,40 @@ def _forward_kernel(spec, step, q, k, v, *refs):
         logsumexp[...] = jnp.where(empty_1R, NEG_INF, peak_1R[...] + jnp.log(safe_1R))
 
 
-def _dq_kernel(spec, step, q, k, v, *refs):
+def _dq_kernel(spec, place, q, k, v, *refs):
+    first, every, last = place.kind_opens, place.computes, place.kind_closes
     *marks, d_out, logsumexp, shift, dq, acc_RH = refs
 
-    @step.first
+    @pl.when(first)
     def _():
         acc_RH[...] = jnp.zeros_like(acc_RH)
 
-    @step.every
+    @pl.when(every)
     def _():
         _, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, marks, spec)
         acc_RH[...] += _dot(d_logits_CR.astype(k.dtype), k[...], 0, 0)
 
-    @step.last
+    @pl.when(last)
     def _():
         dq[...] = acc_RH[...].astype(dq.dtype)
 
 
-def _dkv_kernel(spec, step, q, k, v, *refs):
+def _dkv_kernel(spec, place, q, k, v, *refs):
+    first, every, last = place.opens, place.computes, place.closes
     *marks, d_out, logsumexp, shift, dk, dv, dk_CH, dv_CH = refs
 
-    @step.first
+    @pl.when(first)
     def _():
         dk_CH[...] = jnp.zeros_like(dk_CH)
         dv_CH[...] = jnp.zeros_like(dv_CH)
 
-    @step.every
+    @pl.when(every)
     def _():
         weights_CR, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, marks, spec)
         dk_CH[...] += _dot(d_logits_CR.astype(q.dtype), q[...], 1, 0)
         dv_CH[...] += _dot(weights_CR.astype(d_out.dtype), d_out[...], 1, 0)
 
-    @step.last
+    @pl.when(last)
     def _():
         dk[...] = dk_CH[...].astype(dk.dtype)
         dv[...] = dv_CH[...].astype(dv.dtype)
@@ -161,10 +172,13 @@ def _weights(q, k, v, d_out, logsumexp, shift, marks, spec):
 
 
 def _logits(q, k, marks, spec):
-    q_positions, kv_positions, q_segment_ids, kv_segment_ids = (mark[...] for mark in marks)
+    q_segment_ids, kv_segment_ids, q_positions, kv_positions, *since = (mark[...] for mark in marks)
     mask_CR = (_column(kv_segment_ids) == q_segment_ids) & (q_segment_ids != 0)
     if spec.causal:
-        mask_CR &= _column(kv_positions) <= q_positions
+        kv_positions_C1 = _column(kv_positions)
+        mask_CR &= kv_positions_C1 <= q_positions
+        for since_1R in since:
+            mask_CR &= kv_positions_C1 >= since_1R
     return jnp.where(mask_CR, _dot(k[...], q[...], 1, 1) * spec.scale, NEG_INF)
 
 
@@ -179,90 +193,89 @@ def _dot(left, right, left_axis: int, right_axis: int):
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-class _Step:
-    """Where the inner loop of a kernel stands; `bounds` are its ranges of blocks, in scalar memory."""
-
-    def __init__(self, first_ref, last_ref):
-        b, outer, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-        self.first = pl.when(step == 0)
-        self.every = pl.when(first_ref[b, outer] + step < last_ref[b, outer])
-        self.last = pl.when(step == pl.num_programs(3) - 1)
-
-
-def _call(kernel, outer: str, bounds, inputs, outputs, scratch, interpret: bool):
-    """Runs `kernel` for every block of `outer`, its range of the other's blocks innermost.
-
-    A block beyond the range is neither computed nor fetched: its index stays at the last one that was.
-    """
+def _call(kernel, outer: str, of_outer: Walk, inputs, outputs, scratch, interpret: bool):
+    """Runs `kernel` at every step of the walk; an axis of kinds or heads that an array has not is of size 1."""
 
     def spec(along: str, shape):
-        def index(b, head, block, step, first, last):
-            if along != outer:
-                block = jnp.maximum(jnp.minimum(first[b, block] + step, last[b, block] - 1), 0)
-            return (b, head, block, 0, 0) if len(shape) == 5 else (b, block, 0, 0)
+        def index(b, head, two, step, *walked):
+            place = walk.locate(Walk(*walked), b, two, step)
+            block = place.outer if along == outer else place.inner
+            return place.kind if shape[0] > 1 else 0, b, head if shape[2] > 1 else 0, block, 0, 0
 
-        return pl.BlockSpec((None,) * (len(shape) - 2) + shape[-2:], index)
+        return pl.BlockSpec((None,) * 4 + shape[-2:], index)
 
-    def body(first, last, *refs):
-        kernel(_Step(first, last), *refs)
+    def body(*refs):
+        walked, refs = Walk(*refs[: len(of_outer)]), refs[len(of_outer) :]
+        kernel(walk.locate(walked, pl.program_id(0), pl.program_id(2), pl.program_id(3)), *refs)
 
-    count = {along: x.shape[2] for along, x in inputs[:2]}
+    B, K = inputs[1][1].shape[1:3]
     varying = jax.typeof(inputs[0][1]).mat
     return pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(shape, t, manual_axis_type=varying) for _, shape, t in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(*inputs[0][1].shape[:2], count[outer], count[KEYS if outer == QUERIES else QUERIES]),
+            num_scalar_prefetch=len(of_outer),
+            grid=(B, K, *walk.grid(of_outer)),
             in_specs=[spec(along, x.shape) for along, x in inputs],
-            out_specs=[spec(along, shape) for along, shape, _ in outputs],
+            out_specs=[spec(outer, shape) for shape, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=interpret,
-    )(*bounds, *(x for _, x in inputs))
+    )(*of_outer, *(x for _, x in inputs))
 
 
-def _block_sizes(q_BTNH, k_BSKH) -> tuple[int, int]:
-    G = q_BTNH.shape[2] // k_BSKH.shape[2]
-    P, C = max(ROWS // G // LANES, 1) * LANES, BLOCK_K
-    return tuple(min(size, -(-x.shape[1] // LANES) * LANES) for size, x in ((P, q_BTNH), (C, k_BSKH)))
+def _block_sizes(q_ABTNH, k_BSKH, spec: Spec) -> tuple[int, int]:
+    """Positions of a query block and of a key block: multiples of LANES, which divide the stride where they can."""
+    G = q_ABTNH.shape[3] // k_BSKH.shape[2]
+
+    def size(most: int, length: int) -> int:
+        lanes = max(most // LANES, 1)
+        if spec.stride is not None:
+            whole = next((n for n in range(lanes, lanes // 2, -1) if spec.stride % (n * LANES) == 0), lanes)
+            lanes = max(whole, 1)
+        return min(lanes, -(-length // LANES)) * LANES
+
+    return size(ROWS // G, q_ABTNH.shape[2]), size(BLOCK_K, k_BSKH.shape[1])
 
 
-def _tile(marks: Marks, P: int, C: int, G: int, causal: bool):
-    """Returns the four marks cut into rows of tiles, and the ranges of key blocks per query block and vice versa."""
-    padded = Marks(*(_pad(x, size) for x, size in zip(marks, (P, C, P, C), strict=True)))
-    queries = blockwise.cut(padded.q_positions_BT, padded.q_segment_ids_BT, P)
-    keys = blockwise.cut(padded.kv_positions_BS, padded.kv_segment_ids_BS, C)
-    seen_IJB = blockwise.seen(queries, keys, causal)
-    row_bounds = tuple(x.T for x in blockwise.bounds(seen_IJB, axis=1))
-    key_bounds = tuple(x.T for x in blockwise.bounds(seen_IJB, axis=0))
+def _tile(marks: Marks, spec: Spec, G: int):
+    """Returns the marks cut into rows of tiles, each query block's range of key blocks, and vice versa; [A, B, …]."""
+    sizes = (spec.block_q, spec.block_k) * 2
+    padded = Marks(*(_pad(x, 1, size) for x, size in zip(marks, sizes, strict=True)))
+    queries, keys = blockwise.cut_both(padded, spec)
+    seen_AIJB = blockwise.seen_by_kind(queries, keys, spec)
+    of_queries, of_keys = ([jnp.swapaxes(x, 1, 2) for x in blockwise.bounds(seen_AIJB, axis=axis)] for axis in (2, 1))
+
     # One row per block, repeated for each head of the group: a [1, R] tile that broadcasts against [C, R] logits.
-    q_positions_BI1R, q_segment_ids_BI1R = (
-        jnp.tile(jnp.swapaxes(x, 0, 1)[:, :, None], (1, 1, 1, G)) for x in (queries.positions, queries.segment_ids)
-    )
-    kv_positions_BJ1C, kv_segment_ids_BJ1C = (
-        jnp.swapaxes(x, 0, 1)[:, :, None] for x in (keys.positions, keys.segment_ids)
-    )
-    tiles = [(QUERIES, q_positions_BI1R), (KEYS, kv_positions_BJ1C)]
-    tiles += [(QUERIES, q_segment_ids_BI1R), (KEYS, kv_segment_ids_BJ1C)]
-    return tiles, row_bounds, key_bounds
+    def of_rows(x_AIBP):
+        return QUERIES, jnp.tile(jnp.swapaxes(x_AIBP, 1, 2)[:, :, None, :, None], (1,) * 5 + (G,))
+
+    def of_columns(x_JBC):
+        return KEYS, jnp.swapaxes(x_JBC, 0, 1)[None, :, None, :, None]
+
+    tiles = [of_rows(queries.segment_ids), of_columns(keys.segment_ids)]
+    tiles += [of_rows(queries.positions), of_columns(keys.positions)]
+    return tiles + ([] if queries.since is None else [of_rows(queries.since)]), of_queries, of_keys
 
 
-def _pad(x, size: int):
-    """Zeros behind axis 1, to a multiple of `size`; 0 is also the segment id of what is not there."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+def _pad(x, axis: int, size: int):
+    """Zeros behind `axis`, to a multiple of `size`; 0 is also the segment id of what is not there."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, widths)
 
 
-def _fold(x_BTNX, size: int, K: int):
-    """[B, T, N, X] -> [B, K, blocks, G * size, X]."""
-    x_BTNX = _pad(x_BTNX, size)
-    B, T, N, X = x_BTNX.shape
-    x_BIPKGX = x_BTNX.reshape(B, T // size, size, K, N // K, X)
-    return jnp.transpose(x_BIPKGX, (0, 3, 1, 4, 2, 5)).reshape(B, K, T // size, N // K * size, X)
+def _fold(x, size: int, K: int):
+    """[A, B, T, N, X] -> [A, B, K, blocks, G * size, X]; without an axis of kinds A is 1."""
+    x_ABTNX = _pad(x if x.ndim == 5 else x[None], 2, size)
+    A, B, T, N, X = x_ABTNX.shape
+    x_ABIPKGX = x_ABTNX.reshape(A, B, T // size, size, K, N // K, X)
+    return jnp.transpose(x_ABIPKGX, (0, 1, 4, 2, 5, 3, 6)).reshape(A, B, K, T // size, N // K * size, X)
 
 
-def _unfold(x_BKIRX, T: int, size: int):
-    B, K, I, R, X = x_BKIRX.shape
-    x_BIPKGX = jnp.transpose(x_BKIRX.reshape(B, K, I, R // size, size, X), (0, 2, 4, 1, 3, 5))
-    return x_BIPKGX.reshape(B, I * size, R // size * K, X)[:, :T]
+def _unfold(x_ABKIRX, T: int, size: int):
+    """Inverse of `_fold`: [A, B, T, N, X]."""
+    A, B, K, I, R, X = x_ABKIRX.shape
+    x_ABIPKGX = jnp.transpose(x_ABKIRX.reshape(A, B, K, I, R // size, size, X), (0, 1, 3, 5, 2, 4, 6))
+    return x_ABIPKGX.reshape(A, B, I * size, R // size * K, X)[:, :, :T]
