@@ -1,16 +1,20 @@
 """A data set by name to packed rows: found, tokenised or taken from the cache, checked, packed, mixed."""
 
+import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from qwen_jax.batches import LMBatch
 from qwen_jax.data import sources, token_cache
+from qwen_jax.data.conversations import Document
 from qwen_jax.data.packing import Joined, MixedRows, PackedRows, first_of_each
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
 
+MOST_DOMAINS = 15  # of a source that are evaluated apart, the largest; the rest is one
 BadRecords = Literal["error", "skip"]
 
 
@@ -87,7 +91,9 @@ def held_out(
     hold_out: bool = True,
     workers: int | None = None,
 ) -> HeldOut:
-    """The first packed rows of a split, source by source: each is a domain with a loss of its own.
+    """The first packed rows of a split, domain by domain, each of which has a loss of its own.
+
+    A domain is a source, or what a source's records say in their field domain or source where they differ.
 
     Args:
       dataset, tok, rendering, split, bad_records, hold_out, workers: as in `rows`.
@@ -97,12 +103,45 @@ def held_out(
       InputError: as `rows`.
     """
     found, told = _tokenised(dataset, split, tok, rendering, bad_records, hold_out, workers)
-    names = sources.short_names([made.source.name for made in found])
-    parts = {name: PackedRows(made.documents, rendering.max_length) for name, made in zip(names, found, strict=True)}
-    weights = None if found[0].source.weight is None else [made.source.weight for made in found]
+    parts, weights, length = {}, [], rendering.max_length
+    for name, made in zip(sources.short_names([made.source.name for made in found]), found, strict=True):
+        rows = {
+            (domain or name if len(found) == 1 else f"{name}_{domain}".rstrip("_")): PackedRows(some, length)
+            for domain, some in _by_domain(made.documents).items()
+        }
+        places = sum(map(len, rows.values()))
+        weights += [len(part) * (made.source.weight or places) / places for part in rows.values()]
+        parts |= rows
     first = first_of_each(parts, count, weights)
     sizes = ", ".join(f"{name} {len(some):,} of {len(parts[name]):,}" for name, some in first.items())
     return HeldOut(first, [*told, f"rows that each evaluation reads: {sizes}"])
+
+
+def _by_domain(documents: token_cache.StoredDocuments) -> dict[str, Sequence[Document]]:
+    """Returns the documents of each domain, under names that can stand in those of figures; "" if there is but one."""
+    numbers, sizes = np.unique(documents.domains, return_counts=True)
+    if len(numbers) == 1:
+        return {"": documents}
+    alone = set(numbers[np.argsort(-sizes, kind="stable")][:MOST_DOMAINS].tolist())
+    name = lambda number: re.sub(r"[^\w.-]+", "_", documents.domain_names[number]) if number in alone else "others"
+    named = {number: name(number) or "none" for number in numbers.tolist()}
+    return {
+        wanted: Chosen(documents, np.flatnonzero(np.isin(documents.domains, [n for n in named if named[n] == wanted])))
+        for wanted in dict.fromkeys(named.values())
+    }
+
+
+class Chosen(Sequence):
+    """Some of the documents: those at `places`."""
+
+    def __init__(self, documents: token_cache.StoredDocuments, places: np.ndarray):
+        self._documents, self._places, self.lengths = documents, places, documents.lengths[places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Document:
+        return self._documents[int(self._places[index])]
 
 
 def _tokenised(

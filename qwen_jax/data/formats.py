@@ -83,6 +83,13 @@ def detect(record: Record) -> str:
     )
 
 
+def domain(record: Record) -> str:
+    """Returns what a record says it is of, in its field domain or source; "" where that is no short text."""
+    fields = record if isinstance(record, Mapping) else {}
+    told = next((fields[name] for name in ("domain", "source") if isinstance(fields.get(name), str)), "")
+    return told if len(told) <= 40 else ""
+
+
 def is_pair(record: Record) -> bool:
     """Whether a record holds two answers, one preferred."""
     return isinstance(record, Mapping) and record.get("chosen") is not None and record.get("rejected") is not None

@@ -28,6 +28,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
 
 _DTYPES = {"ids": np.int32, "loss_mask": bool, "lengths": np.int64, "percents": np.uint8, "margins": np.float32}
+_DTYPES |= {"domains": np.uint16}
+MOST_DOMAINS = 32  # in a file: what has more values tells no domains, but addresses, say
 _ABOUT = "about.json"
 
 
@@ -72,6 +74,8 @@ class StoredDocuments(Sequence):
     Attributes:
       lengths: [n] int64, tokens of each document.
       margins: [n] float32, of preference pairs; else NaN.
+      domain_names: what its records say that they are of (`formats.domain`), "" among them.
+      domains: [n] uint16, which of these.
     """
 
     def __init__(self, folders: Sequence[pathlib.Path], percents: range):
@@ -81,6 +85,9 @@ class StoredDocuments(Sequence):
         self.lengths, self.margins, self._starts, self._folder_of = (
             np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for arrays in zip(*chosen, strict=True)
         )
+        numbered: dict[str, int] = {}
+        self.domains = np.concatenate([_domains(folder, percents, numbered) for folder in folders])
+        self.domain_names = list(numbered)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -175,6 +182,7 @@ def _counted(pieces: Iterator[Piece], bar) -> Iterator[Piece]:
 
 def _write(target: pathlib.Path, pieces: Iterator[Piece]) -> None:
     counts, bad, shown, format = collections.Counter(), collections.Counter(), [], None
+    domains = {"": 0}
     try:
         with packages.scratch_folder(target.parent) as scratch:
             made = scratch / "made"
@@ -182,6 +190,7 @@ def _write(target: pathlib.Path, pieces: Iterator[Piece]) -> None:
             with contextlib.ExitStack() as stack:
                 opened = {name: stack.enter_context(open(made / name, "wb")) for name in _DTYPES}
                 for piece in pieces:
+                    piece.arrays["domains"] = _numbered(piece.domains, domains)[piece.arrays["domains"]]
                     for name, array in piece.arrays.items():
                         opened[name].write(array.tobytes())
                     counts.update(piece.counts)
@@ -195,7 +204,14 @@ def _write(target: pathlib.Path, pieces: Iterator[Piece]) -> None:
                     shown += piece.shown[: tokenising.SHOWN - len(shown)]
                     format = format or piece.format
             sizes = {name: (made / name).stat().st_size for name in _DTYPES}
-            about = {"format": format, "counts": counts, "bad": bad, "shown": shown, "sizes": sizes}
+            about = {
+                "format": format,
+                "counts": counts,
+                "bad": bad,
+                "shown": shown,
+                "sizes": sizes,
+                "domains": list(domains) if len(domains) <= MOST_DOMAINS else [""] * len(domains),
+            }
             (made / _ABOUT).write_text(json.dumps(about))
             try:
                 if target.exists():  # damaged, or it would not be made again
@@ -206,6 +222,19 @@ def _write(target: pathlib.Path, pieces: Iterator[Piece]) -> None:
                     raise
     except OSError as error:
         raise InputError(f"cache folder {target.parent} cannot be written: {error.strerror}") from None
+
+
+def _numbered(names: Sequence[str], numbered: dict[str, int]) -> np.ndarray:
+    """Returns the number of each name, which new ones are given; as many as uint16 holds, others are those of ""."""
+    number = lambda name: numbered.setdefault(name, len(numbered)) if len(numbered) < 1 << 16 else numbered.get(name, 0)
+    return np.array([number(name) for name in names] or [0], np.uint16)
+
+
+def _domains(folder: pathlib.Path, percents: range, numbered: dict[str, int]) -> np.ndarray:
+    """The numbers of the domains of its documents in these hash classes."""
+    numbers, classes = (np.fromfile(folder / name, _DTYPES[name]) for name in ("domains", "percents"))
+    mine = numbers[(classes >= percents.start) & (classes < percents.stop)]
+    return _numbered(_about(folder)["domains"], numbered)[mine]
 
 
 def _about(folder: pathlib.Path) -> dict:

@@ -68,6 +68,7 @@ class Piece(NamedTuple):
       format: in which format the records are; None while none was recognised.
       arrays: ids [m] int32, loss_mask [m] bool, lengths [n] int64, percents [n] uint8, margins [n] float32 (of a pair;
         else NaN).
+      domains: names that the array domains [n] uint16 numbers, in the order in which they came up.
       counts: of records, and of what was cut or left out.
       bad: of bad records by kind.
       shown: (number, message) of some of them.
@@ -76,6 +77,7 @@ class Piece(NamedTuple):
     part: int
     format: str | None
     arrays: dict[str, np.ndarray]
+    domains: list[str]
     counts: dict[str, int]
     bad: dict[str, int]
     shown: list[tuple[int, str]]
@@ -177,6 +179,7 @@ def piece(block: Block, tok: Tokenizer, rendering: Rendering) -> Piece:
     """Tokenises one block; a record that cannot be used is counted and told, and nothing is raised."""
     counts, bad, shown = collections.Counter(records=len(block.records)), collections.Counter(), []
     documents, percents, margins = [], [], []
+    domains, domain_of = {}, []
     for number, record in block.records:
         try:
             made, percent, margin = _made(record, block.format, tok, rendering)
@@ -187,6 +190,7 @@ def piece(block: Block, tok: Tokenizer, rendering: Rendering) -> Piece:
             continue
         counts.update({name: count for name, count in made._asdict().items() if name != "documents" and count})
         documents += made.documents
+        domain_of += [domains.setdefault(formats.domain(formats.parsed(record)), len(domains))] * len(made.documents)
         percents += [percent] * len(made.documents)
         margins += [margin] * len(made.documents)
     arrays = {
@@ -195,8 +199,9 @@ def piece(block: Block, tok: Tokenizer, rendering: Rendering) -> Piece:
         "lengths": np.array([len(document.ids) for document in documents], np.int64),
         "percents": np.array(percents, np.uint8),
         "margins": np.array(margins, np.float32),
+        "domains": np.array(domain_of, np.uint16),
     }
-    return Piece(block.part, block.format, arrays, dict(counts), dict(bad), shown)
+    return Piece(block.part, block.format, arrays, list(domains), dict(counts), dict(bad), shown)
 
 
 def _made(record: Any, format: str | None, tok: Tokenizer, rendering: Rendering):

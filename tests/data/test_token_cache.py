@@ -286,6 +286,30 @@ def test_held_out_rows_of_a_mixture_are_packed_source_by_source(folder, monkeypa
             assert sorted(documents) == ids(said) if expected_shares is None else all(d in ids(said) for d in documents)
 
 
+def test_held_out_rows_are_packed_by_the_domains_that_records_name(folder, monkeypatch):
+    monkeypatch.setenv("QWEN_JAX_CACHE", str(folder))
+    said = [[{"role": "user", "content": f"and {n}"}, *chats(1)[0][1:]] for n in range(60)]
+    fields = [{"domain": "code"}, {"source": "math/a b"}, {}, {"domain": 3, "source": "x" * 50}]
+    records = [{"messages": chat, **fields[n % 4]} for n, chat in enumerate(said)]
+    (folder.parent / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder.parent / "b.jsonl").write_text(
+        "\n".join(json.dumps({**r, "domain": f"address {n}"}) for n, r in enumerate(records))
+    )
+    rendering = Rendering(max_length=256, too_long="split")
+    made = datasets.held_out("a.jsonl", TOK, rendering, count=999, hold_out=False)
+    of = {"code": said[::4], "math_a_b": said[1::4], "none": [chat for n, chat in enumerate(said) if n % 4 > 1]}
+    assert made.rows.keys() == of.keys()
+    for name, rows in made.rows.items():
+        documents = [
+            row.tokens[row.segment_ids == n].tolist() for row in rows for n in range(1, 9) if n in row.segment_ids
+        ]
+        assert sorted(documents) == sorted(ids for ids, _ in expected(of[name]))
+    both = datasets.held_out("a.jsonl:1,b.jsonl:1", TOK, rendering, count=20, hold_out=False)
+    sizes = {name: len(rows) for name, rows in both.rows.items()}
+    assert sizes.keys() == {"a_code", "a_math_a_b", "a_none", "b"}  # 60 values in b are no domains
+    assert sizes["b"] == 10 and sizes["a_none"] == 5 and abs(sizes["a_code"] - 2.5) < 1
+
+
 def test_short_names_tell_sources_apart():
     names = ["chats/a.jsonl.gz", "gs://b/c/*.parquet", "chitchat", "b/a.jsonl", "tfds_set/config:1.0.0"]
     assert sources.short_names(names) == ["a_1", "*", "chitchat", "a_4", "tfds_set_config:1.0.0"]
