@@ -46,6 +46,7 @@ class Config:
     bad_records: datasets.BadRecords = "error"  # "skip" leaves out what cannot be learned from
     template: str = "qwen2"  # the Qwen generation whose chat format is used
     loss: str = "assistant"  # what is learned; or "last-turn", or "qwen-finetune" as the published script does
+    rows: datasets.RowLayout = "packed"  # or "buckets": one conversation a row, padded to the least of four lengths
     too_long: conversations.TooLong = "split"  # what becomes of a conversation of more than `length` tokens
     length: int = 256
     batch_size: int = 8
@@ -149,7 +150,7 @@ def rows(config: Config, tok: tokenizer.Tokenizer) -> tuple[Sequence[LMBatch], d
     """Returns the packed rows to train on and those of each domain to evaluate on; says what became of the records."""
     rendering = Rendering(config.template, config.loss, config.length, config.too_long, config.format)
     how = dict(bad_records=config.bad_records, hold_out=not config.validation_dataset)
-    train = datasets.rows(config.dataset, "train", tok, rendering, **how)
+    train = datasets.rows(config.dataset, "train", tok, rendering, layout=config.rows, **how)
     held_out = datasets.held_out(
         config.validation_dataset or config.dataset, tok, rendering, count=config.validation_rows, **how
     )

@@ -6,8 +6,8 @@ Each module is loaded when it is first named, so importing this package costs no
 import importlib
 
 _MODULES = (
-    "baseline", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader", "made_up",
-    "packages", "packing", "prompts", "sources", "token_cache", "tokenising", "turns",
+    "baseline", "buckets", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader",
+    "made_up", "packages", "packing", "prompts", "sources", "token_cache", "tokenising", "turns",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen_jax.batches import LMBatch
 from qwen_jax.data import sources, token_cache
+from qwen_jax.data.buckets import BucketRows
 from qwen_jax.data.conversations import Document
 from qwen_jax.data.packing import Joined, MixedRows, PackedRows, first_of_each
 from qwen_jax.data.tokenising import Rendering
@@ -16,6 +17,7 @@ from qwen_jax.tokenizer import Tokenizer
 
 MOST_DOMAINS = 15  # of a source that are evaluated apart, the largest; the rest is one
 BadRecords = Literal["error", "skip"]
+RowLayout = Literal["packed", "buckets"]
 
 
 class Rows(NamedTuple):
@@ -26,7 +28,7 @@ class Rows(NamedTuple):
       told: what they were made of and what that cost, as lines for the reader.
     """
 
-    rows: PackedRows | MixedRows
+    rows: PackedRows | MixedRows | BucketRows
     told: list[str]
 
 
@@ -38,9 +40,10 @@ def rows(
     *,
     bad_records: BadRecords = "error",
     hold_out: bool = True,
+    layout: RowLayout = "packed",
     workers: int | None = None,
 ) -> Rows:
-    """The packed rows of a data set's split.
+    """The rows of a data set's split.
 
     Sources without weights are packed together; those with weights each by themselves, to be drawn by weight.
 
@@ -49,6 +52,7 @@ def rows(
       tok: the tokenizer.
       rendering: how records become documents; its max_length is the rows' length.
       bad_records: "error" refuses a data set that has any; "skip" leaves them out, and tells of them.
+      layout: "packed", as many documents to a row as fit; or "buckets", one to a row of the least of few lengths.
       workers: as in `tokenising.tokenise`.
 
     Raises:
@@ -56,11 +60,14 @@ def rows(
     """
     found, told = _tokenised(dataset, split, tok, rendering, bad_records, hold_out, workers)
     length = rendering.max_length
-    if found[0].source.weight is None:
+    weights = None if found[0].source.weight is None else [made.source.weight for made in found]
+    if layout == "buckets":
+        packed = BucketRows([made.documents for made in found], length, weights)
+    elif weights is None:
         packed = PackedRows(joined([made.documents for made in found]), length)
     else:
         parts = [PackedRows(made.documents, length) for made in found]
-        packed = MixedRows(parts, [made.source.weight for made in found])
+        packed = MixedRows(parts, weights)
     documents = sum(len(made.documents) for made in found)
     told.append(
         f"{documents:,} documents, {packed.tokens:,} tokens in {len(packed):,} rows, {packed.efficiency:.1%} full"

@@ -74,12 +74,18 @@ def _numbers(rows: Sequence[LMBatch], seed: int | None, repeat: bool) -> grain.M
     for place, part in enumerate(parts):
         order = grain.MapDataset.range(start, start + len(part))
         if seed is not None:
-            # grain takes seed + epoch as the seed of an epoch: without this, seed 1 would start with epoch 2 of seed 0.
-            mixed = np.random.SeedSequence(seed, spawn_key=(place,) if place else ())
-            order = order.shuffle(seed=int(mixed.generate_state(1)[0]))
+            order = order.shuffle(seed=order_seed(seed, place))
         orders.append(order.repeat() if repeat else order)
         start += len(part)
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=rows.weights)
+
+
+def order_seed(seed: int, place: int) -> int:
+    """Returns grain's seed for the order of part number `place`.
+
+    grain takes seed + epoch as the seed of an epoch: without this, seed 1 would start with epoch 2 of seed 0.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=(place,) if place else ()).generate_state(1)[0])
 
 
 def evaluation(

@@ -85,7 +85,7 @@ class PackedRows(_Rows):
         index = _checked(index, len(self))
         members = self._order[self._bounds[index] : self._bounds[index + 1]]
         documents = (self._documents[i] for i in members.tolist())
-        return _row(((ids, mask, len(ids)) for ids, mask in documents), self.length)
+        return row(((ids, mask, len(ids)) for ids, mask in documents), self.length)
 
 
 class StreamRows(_Rows):
@@ -119,7 +119,7 @@ class StreamRows(_Rows):
 
     def __getitem__(self, index: int) -> LMBatch:
         start = _checked(index, len(self)) * self.length
-        return _row(self._pieces(start, min(start + self.length, self.tokens)), self.length)
+        return row(self._pieces(start, min(start + self.length, self.tokens)), self.length)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """The parts of documents in [start, stop) of the stream."""
@@ -206,10 +206,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 def empty_row(length: int) -> LMBatch:
     """A row of padding: segment 0 and loss_mask 0 throughout, shapes [T]."""
-    return _row((), length)
+    return row((), length)
 
 
-def _row(pieces: Iterable[tuple[np.ndarray, np.ndarray, int]], length: int) -> LMBatch:
+def row(pieces: Iterable[tuple[np.ndarray, np.ndarray, int]], length: int) -> LMBatch:
     """Lays pieces (ids, mask, count) side by side: `count` tokens each, and what follows them as the last's target."""
     row = LMBatch(*(np.zeros(length, np.float32 if name == "loss_mask" else np.int32) for name in LMBatch._fields))
     start = 0

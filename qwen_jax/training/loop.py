@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +69,7 @@ def fit(
     validation: Mapping[str, Callable[[], Iterable]] | None = None,
     sample: Callable[..., list[dict]] | None = None,
     sample_every: int = 0,
+    lengths: Sequence[int] = (),
     flops_per_token: float,
     label: str = "train",
     frozen: tuple = (),
@@ -88,6 +89,8 @@ def fit(
         several domains each has its own besides.
       sample: (params, *frozen) -> samples, see `samples.sampler`.
       sample_every: how often it is called; 0: only at the start and the end.
+      lengths: of the rows of training batches, where they have several: each divides that of program.batch, and its
+        batches have as many more rows. One step is compiled for each.
       flops_per_token: of a training step, for utilisation.
       label: goes before each line.
       frozen: the arrays of program.frozen.
@@ -114,6 +117,7 @@ def fit(
         accounts.flops_per_token = flops_per_token
         run = _Run(program, config, workdir, writer, progress, checkpoints, accounts, frozen)
         run.validation, run.sample, run.sample_every = validation or {}, sample, sample_every
+        run.structs = program.batches(lengths)
         state = run.train(state, batches, start, stack.enter_context(preemption.watch()))
         if start < config.steps or not read_accounts(workdir):
             accounts.save(workdir)
@@ -146,6 +150,7 @@ class _Run:
     validation: Mapping[str, Callable[[], Iterable]]
     sample: Callable[..., list[dict]] | None
     sample_every: int
+    structs: dict[int, Any]  # row length -> a training batch
 
     def __init__(self, program, config, workdir, writer, progress, checkpoints, accounts, frozen):
         self.program, self.config, self.workdir, self.writer, self.progress = program, config, workdir, writer, progress
@@ -159,14 +164,16 @@ class _Run:
         if start >= config.steps:
             progress.say(f"already at step {start} of {config.steps}: nothing to train")
             return state
-        step_fn = self._prepare(state.params, start)
+        step_fns = self._prepare(state.params, start)
         waiting = None
         self._start_clock(start)
         for step in range(start + 1, config.steps + 1):
             with timed("data"):
-                batch = sharding.put(next(batches), self.program.batch)
+                batch = next(batches)
+                length = jax.tree.leaves(batch)[0].shape[1]
+                batch = sharding.put(batch, self.structs[length])
             with timed("step"):
-                state, metrics = step_fn(state, batch, *self.frozen)
+                state, metrics = step_fns[length](state, batch, *self.frozen)
                 self._settle(waiting)  # reading figures waits for the device: those of step n - 1 while n runs
             waiting = (step, metrics)
             last = step == config.steps
@@ -192,21 +199,25 @@ class _Run:
         return state
 
     def _prepare(self, params, start: int):
-        """Compiles, looks at the model that training begins with, and returns the compiled step."""
+        """Compiles, looks at the model that training begins with, and returns the compiled step of each row length."""
         accounts = self.accounts
         accounts.starts += 1
         accounts.peak_flops, accounts.peak_source = peak_flops(self.program.layout.mesh)
         self.progress.say(f"peak {accounts.peak_flops / 1e12:.3g} TFLOP/s ({accounts.peak_source})")
         with accounts.timed("compile"):
-            step_fn = self._compiled("the train step", self.program.train_step, self.program.state)
+            step_fns = {}
+            for length, batch in self.structs.items():
+                what = f"the train step{f' on rows of {length}' if len(self.structs) > 1 else ''}"
+                step_fns[length] = self._compiled(what, self.program.train_step, self.program.state, batch)
             if self.validation:
-                self.eval_step = self._compiled("the evaluation", self.program.eval_step, self.program.state.params)
-        accounts.take_memory(step_fn)
+                function, params_struct = self.program.eval_step, self.program.state.params
+                self.eval_step = self._compiled("the evaluation", function, params_struct, self.program.batch)
+        accounts.take_memory(max(step_fns.items())[1])
         if start == 0 and self.validation:
             self._evaluate(0, params)
         if start == 0 and self.sample:
             self._sample(0, params)
-        return step_fn
+        return step_fns
 
     def _start_clock(self, step: int) -> None:
         self.clock, self.timed_from = time.perf_counter(), step
@@ -224,11 +235,11 @@ class _Run:
             self._log(step, metrics, (time.perf_counter() - self.clock) / (step - self.timed_from))
             self._start_clock(step)
 
-    def _compiled(self, what: str, function, first):
+    def _compiled(self, what: str, function, first, batch):
         """Compiles a function of (first, batch) and says how long it took: silence reads as a hang."""
         self.progress.say(f"compiling {what}; nothing is printed meanwhile")
         begin = time.perf_counter()
-        compiled = function.lower(first, self.program.batch, *self.program.frozen).compile()
+        compiled = function.lower(first, batch, *self.program.frozen).compile()
         self.progress.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         return compiled
 

@@ -43,6 +43,25 @@ class Program:
     eval_step: Callable
     frozen: tuple = ()
 
+    def batches(self, lengths: Sequence[int] = ()) -> dict[int, Any]:
+        """Returns row length -> a training batch: `batch` itself, or of each of these lengths one with as many places.
+
+        Raises:
+          InputError: where a length does not divide that of `batch`, or the mesh does not divide it.
+        """
+        whole = jax.tree.leaves(self.batch)[0].shape[1]
+
+        def of(struct, length: int) -> jax.ShapeDtypeStruct:
+            rows, _, *rest = struct.shape
+            shape, parts = (rows * whole // length, length, *rest), self.layout.size("length")
+            if whole % length or length % parts:
+                raise InputError(f"rows of {length} tokens do not divide {whole}, or cannot be cut into {parts} parts")
+            return _struct(jax.ShapeDtypeStruct(shape, struct.dtype), struct.sharding)
+
+        return {
+            length: jax.tree.map(lambda s, length=length: of(s, length), self.batch) for length in lengths or [whole]
+        }
+
 
 def build(
     *,

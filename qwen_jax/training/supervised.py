@@ -9,7 +9,8 @@ from typing import Protocol
 from qwen_jax import sharding
 from qwen_jax.batches import LMBatch
 from qwen_jax.config import LoraConfig, QwenConfig
-from qwen_jax.data import loader
+from qwen_jax.data import buckets, loader
+from qwen_jax.data.buckets import BucketRows
 from qwen_jax.data.packing import MixedRows
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.training import loop, report, samples, throughput
@@ -30,7 +31,7 @@ class Config(Protocol):
 
 def fit(
     program: Program,
-    train: Sequence[LMBatch],
+    train: Sequence[LMBatch] | BucketRows,
     validation: Mapping[str, Sequence[LMBatch]],
     tok: Tokenizer,
     *,
@@ -46,7 +47,7 @@ def fit(
 
     Args:
       program: from `program.build`, its batch [batch_size, length].
-      train: rows [length]; shuffled by config.seed, shared out over processes, read for ever.
+      train: rows [length], or of several lengths; shuffled by config.seed, shared out over processes, read for ever.
       validation: domain -> rows [length]; every evaluation reads them all, and the first are continued as samples.
       tok: what the rows were made with.
       config: of the experiment.
@@ -69,7 +70,8 @@ def fit(
         f"{config.loop.steps} steps, {tokens:,} tokens; mesh {dict(program.layout.mesh.shape)}",
     )
     share = sharding.share(program.batch.tokens)
-    batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
+    draw = buckets.batches if isinstance(train, BucketRows) else loader.batches
+    batches = draw(train, batch_size=config.batch_size, seed=config.seed, **share)
     held_out = functools.partial(loader.evaluation, batch_size=config.batch_size, **share)
     with contextlib.closing(batches):
         state = loop.fit(
@@ -83,6 +85,7 @@ def fit(
                 config.model, tok, validation, config=config.samples, layout=program.layout, lora=lora
             ),
             sample_every=config.samples.every,
+            lengths=train.lengths if isinstance(train, BucketRows) else (),
             flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
             label=experiment,
             frozen=frozen,
@@ -92,9 +95,14 @@ def fit(
     return state
 
 
-def budget(config: Config, train: Sequence[LMBatch]) -> report.Budget:
-    """Returns what a whole run reads."""
+def budget(config: Config, train: Sequence[LMBatch] | BucketRows) -> report.Budget:
+    """Returns what a whole run reads; of short rows several count as one of config.length."""
     rows = config.loop.steps * config.batch_size
+    if isinstance(train, BucketRows):
+        shares = [weight / sum(train.weights) for weight in train.weights]
+        places = [len(part) * part.length for part in train.parts]
+        epochs = [rows * config.length * share / size for share, size in zip(shares, places, strict=True)]
+        return report.Budget(rows=rows, length=config.length, padding=1 - train.efficiency, epochs=epochs)
     if isinstance(train, MixedRows):
         shares = [weight / sum(train.weights) for weight in train.weights]
         epochs = [rows * share / len(part) for part, share in zip(train.parts, shares, strict=True)]

@@ -186,7 +186,9 @@ def test_fine_tuning_starts_from_a_published_folder(tmp_path, capsys):
     loop = dataclasses.replace(smoke.loop, steps=1)
     still = dataclasses.replace(smoke.optimizer, peak_lr=0.0)
     run = dataclasses.replace(smoke, base=str(tmp_path / "base"), optimizer=still, loop=loop, mesh=MeshConfig(fsdp=8))
+    run = dataclasses.replace(run, length=256, rows="buckets")
     sft.run(run, tmp_path / "run", "smoke")
+    assert "the train step on rows of 256" in (told := capsys.readouterr().out) and "on rows of 128" in told
     found, tuned = checkpoint.load_params(tmp_path / "run")
     assert found == model.replace(dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, tuned, params)  # a learning rate of 0 shows what training began with

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.pretrain import language_model_loss
 from qwen_jax import sharding
+from qwen_jax.batches import LMBatch
 from qwen_jax.config import get
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout, MeshConfig
@@ -36,17 +37,18 @@ class Numbered:
         self.next = state["next_index"]
 
 
-def fit(built, folder, *, sample=None, sample_every=0, **config):
+def fit(built, folder, *, sample=None, sample_every=0, batches=None, lengths=(), **config):
     folder.mkdir(exist_ok=True)
     return loop.fit(
         built,
-        Numbered(),
+        batches or Numbered(),
         config=LoopConfig(**{**dict(steps=4, log_every=2, eval_every=2, checkpoint_every=2), **config}),
         workdir=folder,
         initial=lambda: built.init(jax.random.key(0)),
         validation={"a": lambda: [lm.batch(seed=100)], "b": lambda: [lm.batch(seed=101), lm.batch(seed=102)]},
         sample=sample,
         sample_every=sample_every,
+        lengths=lengths,
         flops_per_token=1e6,
         label="test",
     )
@@ -97,6 +99,27 @@ def test_samples_are_taken_before_and_after_training_and_every_so_many_steps(tmp
     assert len(set(asked)) == 3 and asked[0] == 1.0  # of the parameters at that step: norms begin at 1
     fit(built, tmp_path / "other", steps=2, sample=sample)
     assert list(samples.read(tmp_path / "other")) == [0, 2]
+
+
+def test_rows_of_several_lengths_take_the_steps_of_one_program_each(tmp_path, capsys):
+    """Batches of 8 x 16 and 16 x 8 in turn, against `train_step` on each as it comes."""
+
+    class Mixed(Numbered):
+        def __next__(self):
+            whole = super().__next__()
+            fold = lambda x: x.reshape(16, 8)
+            return whole if self.next % 2 else LMBatch(*map(fold, whole))._replace(positions=fold(whole.positions) % 8)
+
+    built = one_device()
+    state = fit(built, tmp_path, batches=Mixed(), lengths=(16, 8))
+    expected, drawn = built.init(jax.random.key(0)), Mixed()
+    for _ in range(4):
+        expected, _ = built.train_step(expected, next(drawn))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected.params)
+    out = capsys.readouterr().out
+    assert "the train step on rows of 16" in out and "the train step on rows of 8" in out
+    with pytest.raises(InputError, match="rows of 5 tokens do not divide 16"):
+        built.batches([5])
 
 
 def test_accounts_add_up_over_the_starts_of_a_run(tmp_path):
