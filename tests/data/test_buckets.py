@@ -46,7 +46,7 @@ def test_each_document_is_alone_in_the_least_row_that_holds_it(rows):
 def test_batches_have_one_length_and_as_many_places_and_every_document_comes_equally_often(rows):
     drawn = buckets.batches(rows, batch_size=2, seed=3)
     places = sum(len(part) * part.length for part in rows.parts)
-    epochs, count = 8, 8 * places // 512  # batches of 2 * 256 places
+    epochs, count = 4, 4 * places // 512  # batches of 2 * 256 places
     times = collections.Counter()
     for batch in itertools.islice(drawn, count):
         rows_, T = batch.tokens.shape

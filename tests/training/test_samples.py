@@ -43,8 +43,7 @@ def params(seed, lora=None):
     return jax.tree.map(noise, adapters), model
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
-@pytest.mark.parametrize("mesh", ["alone", "fsdp2-context2-tensor2"])
+@pytest.mark.parametrize("mesh, lora", [("alone", None), ("fsdp2-context2-tensor2", LORA)])
 def test_they_are_greedy_answers_of_the_model_compiled_once(rows, mesh, lora):
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     layout = Layout(one if mesh == "alone" else sharding.make_mesh(MESHES[mesh]))
