@@ -195,7 +195,7 @@ def build(config, mesh: jax.sharding.Mesh, *, lora=FULL, dropout: float = 0.0) -
     if lora.rank:
         trained = dict(
             init_params=functools.partial(models.lora.init, model, lora), param_axes=models.lora.axes(model, lora),
-            frozen=[(models.abstract(model), models.axes(model))],
+            frozen=[models.lora.base(model, lora, layout)],
         )  # fmt: skip
     loss_fn = functools.partial(language_model_loss, model=model, layout=layout)
     return program.build(

@@ -8,6 +8,8 @@ what they are is left in the workdir's adapter/, in peft's format, and `python -
 reads base and adapters.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +140,20 @@ def qwen_lora() -> Config:
     )
 
 
+def qwen_q_lora() -> Config:
+    """`qwen-lora` beside a base of four bits, as QwenLM/Qwen's finetune_qlora_single_gpu.sh; give --base, --dataset.
+
+    The script starts from a GPTQ checkpoint in four bits, and computes in float16; here any checkpoint is quantised to
+    NF4 as it is read, and computed with in bfloat16. As there, the base is a chat model: one that has learned chats.
+    """
+    full = qwen_lora()
+    return dataclasses.replace(full, lora=dataclasses.replace(full.lora, quantised="nf4"))
+
+
 def chatml_4000() -> Config:
     """`qwen-chat` in full, all 4000 steps, on the model of `pretrain small` and human chats: two CPU cores.
 
-    As published but for the width, the batch (8 rows of 256 tokens) and the peak learning rate: 2e-6 is fitted to
+    As published but for the width, the batch (4 rows of 256 tokens) and the peak learning rate: 2e-6 is fitted to
     billions of parameters, and moves 0.9 million by next to nothing. Source and remainder: `qwen_chat`.
     """
     full = qwen_chat()
@@ -152,7 +164,7 @@ def chatml_4000() -> Config:
         loop=dataclasses.replace(full.loop, log_every=20),
         dataset="chitchat",
         length=256,
-        batch_size=8,
+        batch_size=4,
     )
 
 
@@ -184,6 +196,7 @@ RECIPES = {
     "qwen-chat": qwen_chat,
     "qwen2": qwen2,
     "qwen-lora": qwen_lora,
+    "qwen-q-lora": qwen_q_lora,
     "chatml-4000": chatml_4000,
     "lora-smollm2": lora_smollm2,
 }
@@ -234,10 +247,16 @@ def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequenc
 
 
 def base_params(config: Config, built: program.Program) -> tuple[dict]:
-    """Returns the frozen parameters of a LoRA run: those of its base."""
+    """Returns the frozen parameters of a LoRA run: those of its base, quantised where asked for."""
     if config.base == "random":
-        return (models.init(config.model, jax.random.key(config.seed), mesh=built.layout.mesh),)
-    return (pretrained.load_params(config.base, *built.frozen),)
+        params = models.init(config.model, jax.random.key(config.seed), mesh=built.layout.mesh)
+    else:
+        whole = build(dataclasses.replace(config, lora=LoraConfig()), built.layout.mesh)
+        params = pretrained.load_params(config.base, whole.state.params)
+    if config.lora.quantised:
+        places = jax.tree.map(lambda struct: struct.sharding, built.frozen[0])
+        params = jax.jit(functools.partial(models.lora.quantise, lora=config.lora), out_shardings=places)(params)
+    return (params,)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
 REACH = {"yarn": Yarn, "dual_chunk": DualChunk, "v1_lengths": V1Lengths}  # fields that are dataclasses themselves
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+# The matrices of a layer; of how many axes their inputs are.
+LINEARS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+QUANTISED = ("", "int8", "nf4")
 LORA_TARGETS = {
     **{name: (name,) for name in LINEARS},
     **{f"{name}_proj": (name,) for name in LINEARS},
@@ -191,12 +193,16 @@ class LoraConfig:
     # trained, "train" all of them, "freeze" none: refused where the base has not trained them.
     control_rows: Literal["auto", "train", "freeze"] = "auto"
     row_ids: tuple[int, ...] = ()  # which rows that came to; a run fills it in
+    # Q-LoRA (arXiv:2305.14314): how the frozen kernels are kept, see ops.quantisation; "" as param_dtype has them.
+    quantised: Literal[QUANTISED] = ""
 
     def __post_init__(self):
         if self.rank < 0:
             raise InputError(f"lora.rank is {self.rank}; expected 1 or more, or 0 for no LoRA")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout is {self.dropout}; expected 0 to less than 1")
+        if self.quantised not in QUANTISED:
+            raise InputError(f"lora.quantised is {self.quantised!r}; expected one of {', '.join(map(repr, QUANTISED))}")
         for name in ("alpha", "b_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"lora.{name} is {getattr(self, name)}; expected a finite number above 0")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qwen_jax.config import QwenConfig
 from qwen_jax.models.decoder import head
 from qwen_jax.models.stacks import stacks
-from qwen_jax.ops import lora
+from qwen_jax.ops import lora, quantisation
 
 
 def fuse(config: QwenConfig, params: dict) -> dict:
@@ -23,11 +23,13 @@ def fuse(config: QwenConfig, params: dict) -> dict:
 
     Args:
       config: the model; config.scan_layers False gives one tree a layer.
-      params: as `models.init` makes them; adapters joined with them are merged, since a step reads each weight anyway.
+      params: as `models.init` makes them; adapters joined with them are merged and quantised kernels made whole, since
+        a step reads each weight anyway.
 
     Returns:
       "decoder": the decoder's tree, in config.dtype. "head": [D, V] in config.dtype.
     """
+    params = quantisation.dequantise_tree(params)
     if lora.is_joined(params):
         params = lora.merge(params)
     layers = _by_layer(config, params, functools.partial(_fused_layer, config), take=lambda x, i: x[i])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import QwenConfig
-from qwen_jax.ops import lora
+from qwen_jax.ops import lora, quantisation
 from qwen_jax.ops.dropout import Dropout, drop_adapter
 from qwen_jax.ops.norm import rms_norm
 
@@ -22,7 +22,8 @@ class Linear(nn.Module):
     """A matrix product written as an einsum, with an optional bias on the output axes and an optional adapter.
 
     Where the parameters were joined with LoRA adapters (`ops.lora.join`), x·A·B is added to the product: the kernel
-    itself is not touched, and where only the adapters are differentiated it has no gradient.
+    itself is not touched, and where only the adapters are differentiated it has no gradient. Codes and scales in the
+    place of the kernel (`ops.quantisation`) are taken as it.
 
     Attributes:
       spec: einsum of input and kernel, "BTD,DNH->BTNH"; the capital letters are the shapes' letters.
@@ -42,9 +43,14 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         init = nn.initializers.normal(self.config.initializer_range)
-        kernel = declare(self, "kernel", init, self.shape, self.axes, self.config)
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
-        y = jnp.einsum(self.spec, x, kernel)
+        x = x.astype(dtype)
+        if self.has_variable("params", "codes"):
+            stored = [self.get_variable("params", name) for name in ("codes", "scales")]
+            kernel = quantisation.dequantise(*stored, dtype)  # read only by DoRA
+            y = quantisation.product(self.spec, x, *stored)
+        else:
+            kernel = declare(self, "kernel", init, self.shape, self.axes, self.config).astype(dtype)
+            y = jnp.einsum(self.spec, x, kernel)
         adapter = {
             name: self.get_variable("params", name) for name in lora.ADAPTER if self.has_variable("params", name)
         }

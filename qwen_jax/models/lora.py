@@ -6,19 +6,20 @@ parameters stay a plain argument. `join` them and every function of `models` com
 Shapes: L layers, R rank, n rows of the vocabulary, D model width.
 """
 
+import functools
 import math
 import zlib
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.config import LINEARS, LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.models.functional import abstract as abstract_params
 from qwen_jax.models.functional import axes as params_axes
 from qwen_jax.ops import lora as arithmetic
-
-INNER = {"o": 2}  # how many axes of a target's kernel are inputs, behind the layers'; 1 of all others
+from qwen_jax.ops import quantisation
+from qwen_jax.sharding import Layout
 
 
 def init(config: QwenConfig, lora: LoraConfig, key: jax.Array, params: dict) -> dict:
@@ -49,11 +50,43 @@ def abstract(config: QwenConfig, lora: LoraConfig) -> dict:
     return jax.eval_shape(lambda params: init(config, lora, jax.random.key(0), params), abstract_params(config))
 
 
+def base(config: QwenConfig, lora: LoraConfig, layout: Layout) -> tuple[dict, dict]:
+    """Returns the shapes and the logical axes of the frozen parameters, quantised if `lora` says so.
+
+    Scales are split as their kernel is, but for axes that the mesh does not divide into whole blocks.
+
+    Raises:
+      InputError: where routed experts would have to be quantised.
+    """
+    shapes, names = abstract_params(config), params_axes(config)
+    if not lora.quantised:
+        return shapes, names
+    if config.num_experts:
+        raise InputError(f"lora.quantised is {lora.quantised!r}, but routed experts are not quantised; expected ''")
+    quantised = jax.eval_shape(functools.partial(quantise, lora=lora), shapes)
+
+    def of_part(struct: dict, names: dict) -> dict:
+        found = {name: of_part(struct[name], part) for name, part in names.items() if isinstance(part, dict)}
+        found |= {name: part for name, part in names.items() if not isinstance(part, dict) and name in struct}
+        if "codes" in struct:
+            sizes = zip(names["kernel"], struct["scales"].shape, strict=True)
+            scales = tuple(None if size % layout.size(name) else name for name, size in sizes)
+            found |= {"codes": names["kernel"], "scales": scales}
+        return found
+
+    return quantised, of_part(quantised, names)
+
+
+def quantise(params: dict, lora: LoraConfig) -> dict:
+    """Returns the parameters of a model as the frozen ones beside `lora` are kept."""
+    return quantisation.quantise_tree(params, lora.quantised, LINEARS) if lora.quantised else params
+
+
 def axes(config: QwenConfig, lora: LoraConfig) -> dict:
     """Returns the adapters' logical axes: those of the kernels, the rank whole."""
 
     def of_kernel(path, names):
-        (stack, *kernel), inner = names, INNER.get(path[-1], 1)
+        (stack, *kernel), inner = names, LINEARS[path[-1]]
         adapter = {"a": (stack, *kernel[:inner], None), "b": (stack, None, *kernel[inner:])}
         return adapter | ({"magnitude": (stack, *kernel[inner:])} if lora.dora else {})
 
@@ -68,9 +101,9 @@ def _of_targets(params: dict, lora: LoraConfig, make) -> dict:
     found: set[str] = set()
 
     def walk(tree: dict, path: tuple[str, ...]) -> dict:
-        if path and path[-1] in lora.targets and "kernel" in tree:
+        if path and path[-1] in lora.targets and {"kernel", "codes"} & tree.keys():
             found.add(path[-1])
-            return make(path, tree["kernel"])
+            return make(path, tree["kernel"] if "kernel" in tree else _kernel(tree))
         below = {name: walk(part, (*path, name)) for name, part in tree.items() if isinstance(part, dict)}
         return {name: part for name, part in below.items() if part}
 
@@ -83,8 +116,13 @@ def _of_targets(params: dict, lora: LoraConfig, make) -> dict:
     return adapters
 
 
+def _kernel(quantised: dict) -> jax.Array:
+    """Of a quantised one; where only its shape is asked for, the compiler leaves the values out."""
+    return quantisation.dequantise(quantised["codes"], quantised["scales"], jnp.float32)
+
+
 def _first(path: tuple[str, ...], kernel: jax.Array, lora: LoraConfig, key: jax.Array) -> dict:
-    inner = INNER.get(path[-1], 1)
+    inner = LINEARS[path[-1]]
     stack, inputs, outputs = kernel.shape[:1], kernel.shape[1 : 1 + inner], kernel.shape[1 + inner :]
     bound, key = 1.0 / math.sqrt(math.prod(inputs)), jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
     adapter = {

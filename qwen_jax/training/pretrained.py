@@ -8,9 +8,9 @@ from collections.abc import Callable
 import jax
 
 from qwen_jax import tokenizer
-from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.config import LINEARS, LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
-from qwen_jax.ops import lora
+from qwen_jax.ops import lora, quantisation
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.training import checkpoint, hosts, workdir
 
@@ -81,6 +81,9 @@ def _tuned(path, trained: LoraConfig, abstract, shardings) -> dict:
     scale = lora.scale(trained.rank, trained.alpha, rslora=trained.rslora)
 
     def merge(params, adapters):
+        if trained.quantised:  # the adapters were trained beside what the codes stand for
+            params = quantisation.quantise_tree(params, trained.quantised, LINEARS)
+            params = quantisation.dequantise_tree(params)
         return lora.merge(lora.join(params, adapters, scale=scale, row_ids=trained.row_ids))
 
     return jax.jit(merge, out_shardings=shardings, donate_argnums=0)(params, adapters)

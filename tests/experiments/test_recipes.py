@@ -67,9 +67,10 @@ def test_quickstart_smoke_reaches_its_report(tmp_path, capsys):
 @pytest.mark.parametrize("name, recipe", FULL_SIZE)
 def test_recipes_resolve_at_full_size_without_touching_a_device(name, recipe):
     config = TRAINING[name].RECIPES[recipe]()
-    built = TRAINING[name].build(
-        config, sharding.make_mesh(MeshConfig(fsdp=2, tensor=4) if "qwen" in recipe else MeshConfig(data=2, fsdp=4))
-    )
+    mesh = MeshConfig(fsdp=2, tensor=4) if "qwen" in recipe else MeshConfig(data=2, fsdp=4)
+    if config.batch_size < 8:
+        mesh = MESHES["fsdp2-context2-tensor2"]
+    built = TRAINING[name].build(config, sharding.make_mesh(mesh))
     state, figures = jax.eval_shape(built.train_step, built.state, built.batch, *built.frozen)
     jax.tree.map(lambda new, old: new.shape == old.shape or pytest.fail(f"{new} {old}"), state, built.state)
     assert figures["loss"].shape == ()
