@@ -15,17 +15,19 @@ from qwen_jax.config import LoraConfig
 from qwen_jax.sharding import Layout, MeshConfig
 from qwen_jax.training import control_rows, optimizer, program, state
 from qwen_jax.training.step import train_step
+from tests.conftest import tiny
 from tests.training import lm
 
+Q_LORA = LoraConfig(rank=4, dropout=0.2, quantised="nf4", targets=("q", "o", "gate"))
 LORA = LoraConfig(rank=4, dropout=0.2, dora=True, targets=("k", "o", "gate"), row_ids=(3, 200), b_rate=4.0)
 
 
-def build(mesh, lora=LORA) -> program.Program:
-    loss_fn = functools.partial(language_model_loss, model=lm.MODEL, layout=Layout(mesh))
+def build(mesh, lora=LORA, model=lm.MODEL) -> program.Program:
+    loss_fn = functools.partial(language_model_loss, model=model, layout=Layout(mesh))
     return program.build(
-        init_params=functools.partial(models.lora.init, lm.MODEL, lora),
-        param_axes=models.lora.axes(lm.MODEL, lora),
-        frozen=[(models.abstract(lm.MODEL), models.axes(lm.MODEL))],
+        init_params=functools.partial(models.lora.init, model, lora),
+        param_axes=models.lora.axes(model, lora),
+        frozen=[models.lora.base(model, lora, Layout(mesh))],
         loss_fn=functools.partial(loss_fn, lora=lora, dropout=0.1),
         eval_loss_fn=functools.partial(loss_fn, lora=dataclasses.replace(lora, dropout=0.0)),
         tx=optimizer.make(lm.SMOOTH, 20, rates={"b": lora.b_rate}),
@@ -34,9 +36,11 @@ def build(mesh, lora=LORA) -> program.Program:
     )
 
 
-def take(built, steps=3):
+def take(built, lora, steps=3):
     """Adapters before and after, and metrics; the base is checked to be what it was."""
-    base = models.init(lm.MODEL, jax.random.key(5), mesh=built.layout.mesh)
+    places = jax.tree.map(lambda struct: struct.sharding, built.frozen[0])
+    make = lambda key: models.lora.quantise(models.init(lm.MODEL, key), lora)
+    base = jax.jit(make, out_shardings=places)(jax.random.key(5))
     kept = jax.device_get(base)
     now = built.init(jax.random.key(0), base)
     first = jax.device_get(now.params)
@@ -46,26 +50,42 @@ def take(built, steps=3):
     return first, jax.device_get((now.params, metrics))
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return take(build(sharding.make_mesh(MeshConfig(), jax.devices()[:1])))
+ALONE = MeshConfig(), jax.devices()[:1]
+
+
+@pytest.fixture(scope="module", params=[LORA, Q_LORA], ids=["lora", "q-lora"])
+def alone(request):
+    return request.param, *take(build(sharding.make_mesh(*ALONE), request.param), request.param)
 
 
 def test_any_mesh_trains_adapters_like_one_device_dropout_included(alone, mesh):
-    first, found = take(build(mesh))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), first, alone[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, alone[1])
+    lora, expected_first, expected = alone
+    first, found = take(build(mesh, lora), lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), first, expected_first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, expected)
 
 
 def test_every_adapter_moves_and_nothing_else_is_in_the_state(alone):
-    first, (params, _) = alone
+    lora, first, (params, _) = alone
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, params)
     assert min(jax.tree.leaves(moved)) > 1e-6
-    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, models.lora.abstract(lm.MODEL, LORA))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, models.lora.abstract(lm.MODEL, lora))
+
+
+def test_fewer_bits_take_less_memory_all_through_the_step():
+    """The base in float32, int8 and nf4: neither what is stored nor what is temporary holds the kernels whole."""
+    model = tiny(num_hidden_layers=8, hidden_size=128, intermediate_size=1024)
+    size = {}
+    for kind in ("", "int8", "nf4"):
+        built = build(sharding.make_mesh(*ALONE), dataclasses.replace(Q_LORA, quantised=kind), model)
+        plan = built.train_step.lower(built.state, built.batch, *built.frozen).compile().memory_analysis()
+        size[kind] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(models.abstract(model)["layers"]) if leaf.ndim > 2)
+    assert size[""] - size["int8"] > 2.5 * kernels and size["int8"] - size["nf4"] > 0.4 * kernels
 
 
 def test_evaluation_drops_nothing():
-    built = build(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    built = build(sharding.make_mesh(*ALONE))
     base = models.init(lm.MODEL, jax.random.key(5))
     adapters = models.lora.init(lm.MODEL, LORA, jax.random.key(0), base)
     found = built.eval_step(adapters, lm.batch(), base)
