@@ -230,7 +230,7 @@ def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequenc
     train, validation = rows(config, tok)
 
     key = jax.random.key(config.seed)
-    frozen = base_params(config, built) if config.lora.rank else ()
+    frozen = base_params(config, built, folder) if config.lora.rank else ()
 
     def initial():
         if config.lora.rank or config.base == "random":
@@ -242,14 +242,19 @@ def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequenc
         lora=config.lora, frozen=frozen,
     )  # fmt: skip
     if config.lora.rank:
-        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
+        base = str(folder / pretrained.BASE) if config.base == "random" else config.base
+        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=base)
     return train, [row for some in validation.values() for row in some]
 
 
-def base_params(config: Config, built: program.Program) -> tuple[dict]:
-    """Returns the frozen parameters of a LoRA run: those of its base, quantised where asked for."""
+def base_params(config: Config, built: program.Program, folder: Path) -> tuple[dict]:
+    """Returns the frozen parameters of a LoRA run: those of its base, quantised where asked for.
+
+    Random ones are kept in the run's folder, or its adapters would stand beside nothing.
+    """
     if config.base == "random":
         params = models.init(config.model, jax.random.key(config.seed), mesh=built.layout.mesh)
+        hf.save(folder / pretrained.BASE, config.model, params)
     else:
         whole = build(dataclasses.replace(config, lora=LoraConfig()), built.layout.mesh)
         params = pretrained.load_params(config.base, whole.state.params)

@@ -2,8 +2,8 @@
 
 python -m qwen_jax.hf.convert SRC DST --dtype bfloat16 --shard-bytes 2000000000
 
-SRC is a Hugging Face folder (config.json + safetensors), not a run's workdir. One tensor is in memory at a time, and no
-device is used but to add an adapter.
+SRC is a Hugging Face folder (config.json + safetensors); a run's workdir is turned into one by
+python -m qwen_jax.training.export. One tensor is in memory at a time, and no device is used but to add an adapter.
 """
 
 import pathlib
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         """Rewrites a Hugging Face checkpoint folder.
 
         Args:
-            src: Folder with config.json and safetensors (a run's workdir is not one).
+            src: Folder with config.json and safetensors (of a run's workdir qwen_jax.training.export makes one).
             dst: Folder to write; a checkpoint that is there is replaced.
             dtype: Of the tensors; as they are if not given.
             shard_bytes: Largest size of one file of tensors.

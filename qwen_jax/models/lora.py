@@ -53,7 +53,7 @@ def abstract(config: QwenConfig, lora: LoraConfig) -> dict:
 def base(config: QwenConfig, lora: LoraConfig, layout: Layout) -> tuple[dict, dict]:
     """Returns the shapes and the logical axes of the frozen parameters, quantised if `lora` says so.
 
-    Scales are split as their kernel is, but for axes that the mesh does not divide into whole blocks.
+    Codes and scales are split as their kernel is, but for axes that the mesh does not divide: of several values one.
 
     Raises:
       InputError: where routed experts would have to be quantised.
@@ -69,9 +69,9 @@ def base(config: QwenConfig, lora: LoraConfig, layout: Layout) -> tuple[dict, di
         found = {name: of_part(struct[name], part) for name, part in names.items() if isinstance(part, dict)}
         found |= {name: part for name, part in names.items() if not isinstance(part, dict) and name in struct}
         if "codes" in struct:
-            sizes = zip(names["kernel"], struct["scales"].shape, strict=True)
-            scales = tuple(None if size % layout.size(name) else name for name, size in sizes)
-            found |= {"codes": names["kernel"], "scales": scales}
+            for part in ("codes", "scales"):
+                sizes = zip(names["kernel"], struct[part].shape, strict=True)
+                found[part] = tuple(None if size % layout.size(name) else name for name, size in sizes)
         return found
 
     return quantised, of_part(quantised, names)

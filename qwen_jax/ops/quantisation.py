@@ -1,19 +1,22 @@
 """Frozen kernels in four or eight bits, for LoRA beside them (QLoRA, arXiv:2305.14314).
 
-A kernel W [*S, *in, *out] (S: axes that are stacked, layers first) is stored as
-
-    codes    the kernel's shape, uint4 or int8
-    scales   float32, as many axes; W is about value(codes) x scales, each scale for a block of neighbouring values.
+A kernel W [*S, *in, *out] (S: axes that are stacked, layers first) is stored as codes and float32 scales, arrays of as
+many axes as the kernel; W is about value(code) x scale.
 
 "nf4": a code is the nearest of 16 quantiles of the normal distribution (section 3, appendix E), a scale the largest
-magnitude of 64 values along the last input axis: 4.5 bits a value. The scales are not quantised once more, which saves
-another 0.37 bits. "int8": 255 even steps, a scale for each output.
+magnitude of 64 values along the last input axis: 4.5 bits a value. Two codes share a uint8, one of the first half of
+their 64 and one of the second: codes [..., in / 2, ...], scales [..., in / 64, ...]. (JAX's uint4 cannot be an argument
+of a program that was compiled ahead, on a CPU.) The scales are not quantised once more, which saves another 0.37 bits.
+
+"int8": 255 even steps, a scale for each output: codes of the kernel's shape, scales [*S, 1, *out].
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+from qwen_jax.errors import InputError
 
 KINDS = ("int8", "nf4")
 BLOCK = 64  # values of an nf4 scale, where the axis is a multiple; else the largest common divisor
@@ -34,33 +37,44 @@ def quantise(kernel: jax.Array, kind: str, *, stacked: int, inputs: int) -> dict
       kind: one of KINDS.
       stacked: how many axes S are.
       inputs: how many axes are inputs.
+
+    Raises:
+      InputError: where the last input axis of an nf4 kernel is no multiple of 4.
     """
     kernel = kernel.astype(jnp.float32)
-    axes = tuple(range(stacked, stacked + inputs))
-    blocks = [1 if axis in axes else size for axis, size in enumerate(kernel.shape)]
     if kind == "nf4":
-        last = axes[-1]
-        blocks = [*kernel.shape[:last], kernel.shape[last] // math.gcd(kernel.shape[last], BLOCK)]
-        blocks += kernel.shape[last + 1 :]
-    cut = _cut(kernel, blocks)
-    peak = jnp.max(jnp.abs(cut), axis=tuple(range(1, cut.ndim, 2)), keepdims=True)
-    steps = 1.0 if kind == "nf4" else 127.0
-    scales = jnp.where(peak == 0, 1.0, peak / steps)
-    levels = cut / scales
-    if kind == "nf4":
-        middles = [(low + high) / 2 for low, high in zip(NF4[:-1], NF4[1:], strict=True)]
-        codes = sum((levels > middle).astype(jnp.int32) for middle in middles).astype(jnp.uint4)
-    else:
-        codes = jnp.round(levels).astype(jnp.int8)
-    return {"codes": codes.reshape(kernel.shape), "scales": scales.reshape(blocks)}
+        return _quantise_nf4(kernel, stacked + inputs - 1)
+    peak = jnp.max(jnp.abs(kernel), axis=tuple(range(stacked, stacked + inputs)), keepdims=True)
+    scales = jnp.where(peak == 0, 1.0, peak / 127)
+    return {"codes": jnp.round(kernel / scales).astype(jnp.int8), "scales": scales}
+
+
+def _quantise_nf4(kernel: jax.Array, axis: int) -> dict[str, jax.Array]:
+    shape, size = kernel.shape, kernel.shape[axis]
+    block = math.gcd(size, BLOCK)
+    if block < 4:
+        raise InputError(f"a kernel {list(shape)} cannot be nf4: axis {axis} is {size}; expected a multiple of 4")
+    cut = kernel.reshape(*shape[:axis], size // block, block, *shape[axis + 1 :])
+    peak = jnp.max(jnp.abs(cut), axis=axis + 1, keepdims=True)
+    scales = jnp.where(peak == 0, 1.0, peak)
+    middles = [(low + high) / 2 for low, high in zip(NF4[:-1], NF4[1:], strict=True)]
+    codes = sum((cut / scales > middle).astype(jnp.uint8) for middle in middles)
+    first, second = jnp.split(codes, 2, axis=axis + 1)
+    packed = (first | (second << 4)).reshape(*shape[:axis], size // 2, *shape[axis + 1 :])
+    return {"codes": packed, "scales": jnp.squeeze(scales, axis + 1)}
 
 
 def dequantise(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
     """Returns the kernel that codes and scales stand for, in this dtype."""
-    values = _nf4_values(codes) if codes.dtype == jnp.uint4 else codes.astype(jnp.float32)
-    cut = _cut(values, scales.shape)
-    scales = scales.reshape([size for count in scales.shape for size in (count, 1)])
-    return (cut * scales).reshape(codes.shape).astype(dtype)
+    if codes.dtype == jnp.int8:
+        return (codes.astype(jnp.float32) * scales).astype(dtype)
+    shape = codes.shape
+    axis = next(axis for axis, sizes in enumerate(zip(shape, scales.shape, strict=True)) if sizes[0] != sizes[1])
+    blocks = scales.shape[axis]
+    pairs = codes.reshape(*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
+    values = _nf4_values(jnp.concatenate([pairs & 15, pairs >> 4], axis=axis + 1))
+    whole = values * jnp.expand_dims(scales, axis + 1)
+    return whole.reshape(*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]).astype(dtype)
 
 
 def product(spec: str, x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
@@ -100,11 +114,6 @@ def dequantise_tree(params: dict, dtype=jnp.float32) -> dict:
     if "codes" in found:
         found["kernel"] = dequantise(found.pop("codes"), found.pop("scales"), dtype)
     return found
-
-
-def _cut(x: jax.Array, blocks) -> jax.Array:
-    """Cuts each axis into its blocks: [a, b] into [blocks_a, a / blocks_a, blocks_b, b / blocks_b]."""
-    return x.reshape([part for size, count in zip(x.shape, blocks, strict=True) for part in (count, size // count)])
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

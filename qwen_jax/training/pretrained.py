@@ -14,6 +14,8 @@ from qwen_jax.ops import lora, quantisation
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.training import checkpoint, hosts, workdir
 
+BASE = "base"  # of a workdir: where a LoRA run that started from nothing keeps what its adapters stand beside
+
 
 def is_run(path: str | os.PathLike) -> bool:
     """Tells a run's workdir (True) from a Hugging Face folder (False) by its config.json.
@@ -44,17 +46,18 @@ def read_config(path: str | os.PathLike) -> QwenConfig:
     return hf.read_config(path)
 
 
-def load_params(path: str | os.PathLike, abstract) -> dict:
+def load_params(path: str | os.PathLike, abstract=None) -> dict:
     """Reads parameters straight to where they belong.
 
     Args:
       path: Hugging Face folder or workdir; of a LoRA run the adapters are merged into its base, which is read too.
-      abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params.
+      abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params; None takes the parameters as they
+        are kept, on the first device.
 
     Returns:
       The parameters, in the shapes, dtypes and shardings of `abstract`.
     """
-    shardings = jax.tree.map(lambda struct: struct.sharding, abstract)
+    shardings = None if abstract is None else jax.tree.map(lambda struct: struct.sharding, abstract)
     if is_run(path):
         trained = workdir.lora_config(path)
         if trained.rank:
@@ -63,19 +66,22 @@ def load_params(path: str | os.PathLike, abstract) -> dict:
     else:
         from qwen_jax import hf
 
+        if abstract is None:
+            return hf.load(path)[1]
         mesh = getattr(jax.tree.leaves(shardings)[0], "mesh", None)
         params = hf.load(path, dtype=str(jax.tree.leaves(abstract)[0].dtype), mesh=mesh)[1]
-    return jax.tree.map(_checked, params, abstract)
+    return params if abstract is None else jax.tree.map(_checked, params, abstract)
 
 
 def _tuned(path, trained: LoraConfig, abstract, shardings) -> dict:
     """Returns the base of a LoRA run with its adapters added in."""
     base = workdir.read(path)["config"]["base"]
+    base = pathlib.Path(path) / BASE if base == "random" else base
     try:
         params = load_params(base, abstract)
     except InputError as error:
         raise InputError(f"{path} is a LoRA run, and its base cannot be read: {error}") from None
-    first = jax.tree.leaves(shardings)[0]
+    first = jax.tree.leaves(params)[0].sharding
     whole = jax.NamedSharding(first.mesh, jax.P()) if isinstance(first, jax.NamedSharding) else first
     adapters = checkpoint.load_params(path, shardings=whole)[1]
     scale = lora.scale(trained.rank, trained.alpha, rslora=trained.rslora)

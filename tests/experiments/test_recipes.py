@@ -10,8 +10,9 @@ from experiments import pretrain, quickstart, sft
 from qwen_jax import chat, config, hf, models, sharding, tokenizer
 from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
+from qwen_jax.ops import quantisation
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import checkpoint, metrics, pretrained, samples
+from qwen_jax.training import checkpoint, export, metrics, pretrained, samples
 from qwen_jax.training.samples import SamplesConfig
 from tests.conftest import MESHES
 
@@ -119,6 +120,25 @@ def test_lora_trains_adapters_and_control_rows_beside_a_run_and_goes_on_after_a_
     assert "| made-up | \\<\\|im\\_start\\|>system⏎" in text
     sft.run(dataclasses.replace(smoke, mesh=MESHES["fsdp2-context2-tensor2"]), tmp_path / "run", "smoke")
     assert "already at step 2 of 2" in capsys.readouterr().out
+
+
+def test_a_q_lora_run_from_nothing_is_one_model_to_chat_and_to_export(tmp_path, capsys):
+    """Adapters beside random parameters in four bits: what is read is what the codes stand for, with A·B added."""
+    smoke = dataclasses.replace(sft.smoke(), lora=LoraConfig(rank=2, quantised="nf4"))
+    sft.run(smoke, tmp_path / "run", "smoke")
+    assert chat.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "Hi", "--max-new-tokens", "2"]) is None
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    model, params = hf.load(tmp_path / "out")
+    whole = models.init(smoke.model, jax.random.key(smoke.seed))
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "run" / "base")[1], whole)
+    adapter = hf.load_adapter(tmp_path / "run" / "adapter", model)
+    expected = adapter.merge(quantisation.dequantise_tree(models.lora.quantise(whole, smoke.lora)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+    ids = tokenizer.load(tmp_path / "out").encode("What is 3 plus 4?")
+    assert ids == tokenizer.load(tmp_path / "run" / "tokenizer").encode("What is 3 plus 4?")
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert "is a Hugging Face folder already" in capsys.readouterr().err
 
 
 def test_frozen_control_rows_of_a_base_that_has_not_learned_them_are_refused(pretrained_run, tmp_path):

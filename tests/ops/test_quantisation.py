@@ -34,15 +34,14 @@ def test_nf4_is_the_nearest_level_of_each_block(shape, inputs, scales):
     """The naive way: one value of one block of 64 (32 where the axis is 96) after the other."""
     kernel = drawn(shape)
     found = quantise(kernel, kind="nf4", stacked=1, inputs=inputs)
-    assert found["scales"].shape == scales and found["codes"].dtype == jnp.uint4
+    assert found["scales"].shape == scales and found["codes"].nbytes == kernel.size / 2
     whole = np.asarray(dequantise(**found))
-    codes, axis, block = np.asarray(found["codes"]), inputs, shape[inputs] // scales[inputs]
+    axis, block = inputs, shape[inputs] // scales[inputs]
     for place in np.ndindex(shape):
         start = place[axis] // block * block
         row = kernel[(*place[:axis], slice(start, start + block), *place[axis + 1 :])]
         peak = np.abs(row).max()
         nearest = np.argmin(np.abs(np.array(quantisation.NF4) - kernel[place] / peak))
-        assert int(codes[place]) == nearest
         assert whole[place] == pytest.approx(quantisation.NF4[nearest] * peak, rel=1e-6)
 
 
