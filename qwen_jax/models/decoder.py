@@ -75,7 +75,7 @@ class Attention(nn.Module):
             k_BTKH = RMSNorm(H, c, name="k_norm")(k_BTKH)
         q_axes = (*(None,) * c.dual_chunk.on, "batch", "length", "heads", "head_dim")
         q_BTNH = constrain(where.rotation.queries(q_BTNH), q_axes, layout)
-        kv_axes = ("batch", None, "kv_heads", "head_dim")  # each query needs every key: the length is not split
+        kv_axes = ("batch", "length" if cache is None else None, "kv_heads", "head_dim")
         k_BSKH = constrain(where.rotation.keys(k_BTKH), kv_axes, layout)
         v_BSKH = constrain(v_BTKH, kv_axes, layout)
         if cache is not None:
@@ -85,7 +85,10 @@ class Attention(nn.Module):
             )
             k_BSKH, v_BSKH = (jnp.swapaxes(slots_BKSH, 1, 2) for slots_BKSH in cache)
         marks = (where.positions_BT, where.kv_positions_BS, where.segment_ids_BT, where.kv_segment_ids_BS)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, marks, backend=c.attention, layout=layout, stride=c.dual_chunk.stride)
+        out_BTNH = attend(
+            q_BTNH, k_BSKH, v_BSKH, marks,
+            backend=c.attention, layout=layout, stride=c.dual_chunk.stride, cached=cache is not None,
+        )  # fmt: skip
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
         out = Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")
         return out(out_BTNH, dropout), cache
