@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import pretrain
+from experiments.long_context import text
 from qwen_jax import models, sharding, tokenizer
 from qwen_jax.batches import LMBatch
 from qwen_jax.config import DualChunk, QwenConfig, V1Lengths, Yarn
-from qwen_jax.data import conversations, loader, long_text, packing, sources
+from qwen_jax.data import loader, long_text, packing
+from qwen_jax.data.conversations import Document
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_whole
 from qwen_jax.training import checkpoint, command, loop, supervised, workdir
@@ -77,13 +79,7 @@ def ways(model: QwenConfig, trained: int, length: int, local_share: int) -> dict
     return {name: model.replace(max_position_embeddings=length, **fields) for name, fields in reach.items()}
 
 
-def text(config: pretrain.Config, tok: tokenizer.Tokenizer, split: str) -> conversations.Document:
-    """Returns the chats of a split as one document."""
-    texts = map(conversations.plain_text, sources.load(config.dataset, split))
-    return long_text.joined(conversations.text_documents(texts, tok).documents, seed=config.seed)
-
-
-def train(config: Config, folder: Path, recipe: str) -> conversations.Document:
+def train(config: Config, folder: Path, recipe: str) -> Document:
     """Trains the model, or what of it is left, on text and pass keys; returns the validation text."""
     base = config.pretrain
     built = pretrain.build(base, sharding.make_mesh(base.mesh))
@@ -126,13 +122,13 @@ def score(config: Config, model: QwenConfig, params, rows: dict[str, Sequence[LM
     }
 
 
-def score_all(config: Config, folder: Path, held_out: conversations.Document) -> dict[str, dict[str, dict]]:
+def score_all(config: Config, folder: Path, held_out: Document) -> dict[str, dict[str, dict]]:
     """Returns {way: {length: score}}; what results.json has already is not computed again."""
     path, seed = folder / "results.json", config.pretrain.seed + 1
     results = json.loads(path.read_text()) if path.exists() else {}
     model, params = checkpoint.load_params(folder / "trained")
     tok = tokenizer.load(folder / "trained" / "tokenizer")
-    scored = conversations.Document(*(x[: config.scored_tokens + 1] for x in held_out))
+    scored = Document(*(x[: config.scored_tokens + 1] for x in held_out))
     for length in config.lengths:
         keys = long_text.passkeys(held_out, tok, length, config.passkeys, seed=seed, spread=True)
         rows = {
