@@ -54,14 +54,15 @@ def mixed_lengths(document: Document, length: int, *, shortest: int, full: float
     return parts
 
 
-def passkeys(text: Document, tok: Tokenizer, length: int, count: int, *, seed: int, spread: bool) -> list[Document]:
+def passkeys(
+    text: Document, tok: Tokenizer, lengths: Sequence[int], *, seed: int, spread: bool = False
+) -> list[Document]:
     """Hides random numbers in pieces of a text (the task of Mohtashami & Jaggi, arXiv:2305.16300).
 
     Args:
       text: what the numbers are hidden in; pieces are taken in turn, from the start again where it ends.
       tok: encodes needle and question; each digit is one token in every Qwen vocabulary.
-      length: T of each example, its answer included.
-      count: of examples.
+      lengths: T of each example, its answer included.
       seed: of numbers and depths.
       spread: the numbers stand at depths spread evenly from start to end, as a test wants them; False draws depths.
 
@@ -73,19 +74,23 @@ def passkeys(text: Document, tok: Tokenizer, length: int, count: int, *, seed: i
     """
     rng = np.random.default_rng(seed)
     question, found, start = tok.encode(QUESTION), [], 0
-    for number in range(count):
+    for number, length in enumerate(lengths):
         digits = "".join(map(str, rng.integers(0, 10, DIGITS)))
         answer, needle = tok.encode(digits), tok.encode(NEEDLE.format(digits))
         room = length - len(needle) - len(question) - len(answer)
-        if not 1 <= room <= len(text.ids) or len(answer) != DIGITS:
+        if not 0 <= room <= len(text.ids) or len(answer) != DIGITS:
             raise InputError(
                 f"a pass key of {len(answer)} tokens in {length} leaves {room} for a text of {len(text.ids)}; expected "
-                f"{DIGITS} tokens, and 1 to all of the text"
+                f"{DIGITS} tokens, and 0 to all of the text"
             )
         start = start if start + room <= len(text.ids) else 0
         filler, start = text.ids[start : start + room], start + room
-        depth = (number + 0.5) / count if spread else float(rng.random())
-        place = int(depth * room)
+        place = int(((number + 0.5) / len(lengths) if spread else rng.random()) * (room + 1))
         ids = np.concatenate([filler[:place], needle, filler[place:], question, answer]).astype(np.int32)
         found.append(Document(ids, np.ones(length, bool)))
     return found
+
+
+def shortest_passkey(tok: Tokenizer) -> int:
+    """Returns the length of an example of `passkeys` without any text around."""
+    return len(tok.encode(NEEDLE.format("0" * DIGITS))) + len(tok.encode(QUESTION)) + DIGITS
