@@ -44,6 +44,7 @@ class Config:
     tokens_at_once: int = 8_192
     training_passkeys: int = 16_000  # different ones, of all lengths up to that of training
     passkey_share: float = 0.5  # of the training rows
+    answer_weight: float = 16.0  # of a token of an answer in the loss; the text around it has none
     passkeys: int = 16  # asked at each length, at depths spread evenly
     local_share: int = 8  # dual chunks: chunk_size is the length of training, local_size this fraction of it
 
@@ -51,10 +52,11 @@ class Config:
 def cpu() -> Config:
     """0.5M parameters in two layers, trained for 1,600 steps on human chats and pass keys."""
     base = pretrain.small()
-    model = base.model.replace(num_hidden_layers=2, qkv_bias=False, qk_norm=True)
-    optimizer = dataclasses.replace(base.optimizer, peak_lr=6e-3, decay_steps=400)
     loop = dataclasses.replace(base.loop, steps=1600, eval_every=200, checkpoint_every=200)
-    return Config(dataclasses.replace(base, model=model, optimizer=optimizer, loop=loop))
+    optimizer = dataclasses.replace(base.optimizer, decay_steps=400)
+    return Config(
+        dataclasses.replace(base, model=base.model.replace(num_hidden_layers=2), optimizer=optimizer, loop=loop)
+    )
 
 
 def smoke() -> Config:
@@ -90,7 +92,8 @@ def train(config: Config, folder: Path, recipe: str) -> Document:
     orders = np.random.default_rng(base.seed).uniform(size=config.training_passkeys)
     least = long_text.shortest_passkey(tok)
     lengths = (least * (base.length / least) ** orders).astype(int)
-    keys = packing.PackedRows(long_text.passkeys(read, tok, lengths, seed=base.seed), base.length)
+    keys = long_text.passkeys(read, tok, lengths, seed=base.seed)
+    keys = packing.PackedRows([Document(x.ids, config.answer_weight * x.loss_mask) for x in keys], base.length)
     stream = packing.StreamRows([read], base.length, seed=base.seed)
     rows = packing.MixedRows([stream, keys], [1 - config.passkey_share, config.passkey_share])
     validation = packing.StreamRows([held_out], base.length, seed=base.seed).first(base.validation_rows)

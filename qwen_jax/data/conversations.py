@@ -20,7 +20,7 @@ class Document(NamedTuple):
 
     Attributes:
       ids: [n] int32, token ids.
-      loss_mask: [n] bool, which tokens are to be learned (predicted by what stands before them).
+      loss_mask: [n] bool, which tokens are to be learned (predicted by what stands before them); or float, how much.
     """
 
     ids: np.ndarray

@@ -67,7 +67,7 @@ def passkeys(
       spread: the numbers stand at depths spread evenly from start to end, as a test wants them; False draws depths.
 
     Returns:
-      Documents of T tokens, the last DIGITS of them the answer.
+      Documents of T tokens, the last DIGITS of them the answer, which alone is to be learned.
 
     Raises:
       InputError: where needle and question leave no room for text, or the text is shorter than one example.
@@ -87,7 +87,7 @@ def passkeys(
         filler, start = text.ids[start : start + room], start + room
         place = int(((number + 0.5) / len(lengths) if spread else rng.random()) * (room + 1))
         ids = np.concatenate([filler[:place], needle, filler[place:], question, answer]).astype(np.int32)
-        found.append(Document(ids, np.ones(length, bool)))
+        found.append(Document(ids, np.arange(length) >= length - DIGITS))
     return found
 
 
