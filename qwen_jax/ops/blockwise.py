@@ -246,9 +246,23 @@ def seen(queries: Blocks, keys: Blocks, causal: bool):
     return seen_IJB
 
 
-def seen_by_kind(queries: Blocks, keys: Blocks, spec: Spec):
-    """Returns [A, I, J, B] bool: `seen` of every kind of the blocks of `cut_both`."""
-    return jax.vmap(lambda queries: seen(queries, keys, spec.causal))(queries)
+def clear(queries: Blocks, keys: Blocks, causal: bool):
+    """Returns [I, J, B] bool: True only where every query of the one block may see every key of the other."""
+    (q_low_IB, q_high_IB), (k_low_JB, k_high_JB) = (
+        (x.segment_ids.min(axis=-1), x.segment_ids.max(axis=-1)) for x in (queries, keys)
+    )
+    one_I1B, one_1JB = ((q_low_IB == q_high_IB) & (q_low_IB != 0))[:, None], (k_low_JB == k_high_JB)[None]
+    clear_IJB = one_I1B & one_1JB & (q_low_IB[:, None] == k_low_JB[None])
+    if causal:
+        clear_IJB &= keys.positions.max(axis=-1)[None] <= queries.positions.min(axis=-1)[:, None]
+    if queries.since is not None:
+        clear_IJB &= keys.positions.min(axis=-1)[None] >= queries.since.max(axis=-1)[:, None]
+    return clear_IJB
+
+
+def by_pairs(of_pair, queries: Blocks, keys: Blocks, spec: Spec):
+    """Returns [A, I, J, B] bool: `seen` or `clear` of every kind of the blocks of `cut_both`."""
+    return jax.vmap(lambda queries: of_pair(queries, keys, spec.causal))(queries)
 
 
 def bounds(seen_IJB, axis: int | tuple[int, int]):
@@ -260,6 +274,15 @@ def bounds(seen_IJB, axis: int | tuple[int, int]):
     index = jax.lax.broadcasted_iota(jnp.int32, seen_IJB.shape, along)
     size = seen_IJB.shape[along]
     return jnp.where(seen_IJB, index, size).min(axis=axis), jnp.where(seen_IJB, index + 1, 0).max(axis=axis)
+
+
+def first_run(clear_IJB, axis: int):
+    """Returns the index along `axis` of the first True and of the next False, int32; (size, size) without any True."""
+    index = jax.lax.broadcasted_iota(jnp.int32, clear_IJB.shape, axis)
+    size = clear_IJB.shape[axis]
+    first = jnp.where(clear_IJB, index, size).min(axis=axis, keepdims=True)
+    after = jnp.where(~clear_IJB & (index > first), index, size).min(axis=axis)
+    return first.squeeze(axis), after
 
 
 def cut_both(marks: Marks, spec: Spec) -> tuple[Blocks, Blocks]:
@@ -279,7 +302,7 @@ def cut_both(marks: Marks, spec: Spec) -> tuple[Blocks, Blocks]:
 
 def _ranges(queries: Blocks, keys: Blocks, spec: Spec):
     """Returns [A, I] the first key block that a query block needs for any row of the batch, and one past the last."""
-    return bounds(seen_by_kind(queries, keys, spec), axis=(2, 3))
+    return bounds(by_pairs(seen, queries, keys, spec), axis=(2, 3))
 
 
 def _least(blocks: Blocks):

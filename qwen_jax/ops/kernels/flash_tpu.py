@@ -7,6 +7,9 @@ positions and segment ids as they are at run time.
 With dual chunk attention a query comes in three rotations (`ops.dual_chunk`). All are given to the kernels, and each
 step of the grid fetches the one that its block of keys is to meet: the keys are read once, by one softmax.
 
+Two blocks all of whose pairs are visible need no mask: that is a third of the arithmetic on logits (`walk.Place`).
+Logits are in units of log 2, in which a TPU has its exponential.
+
 Logits are held transposed, keys by rows. Whatever is known per query (peak, total, logsumexp, position) is then one row
 of a tile instead of a column, which a TPU would pad to 128 lanes, and the maximum over keys needs no lane reduction.
 
@@ -16,6 +19,7 @@ keys are read once. What goes into a kernel has six axes: [A or 1, B, K or 1, bl
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +32,7 @@ from qwen_jax.ops.kernels import walk
 from qwen_jax.ops.kernels.walk import Walk
 
 LANES = 128
+LOG2E = math.log2(math.e)
 ROWS, BLOCK_K = 1024, 512  # R and C where lengths allow: 2 MB of float32 logits in VMEM
 QUERIES, KEYS = "queries", "keys"  # which of the two an array is cut along, and which one the outer loop of a kernel
 
@@ -97,81 +102,92 @@ def backward(
 
 
 def _forward_kernel(spec, place, q, k, v, *refs):
-    first, every, last = place.opens, place.computes, place.closes
     *marks, out, logsumexp, acc_HR, total_1R, peak_1R = refs
 
-    @pl.when(first)
+    @pl.when(place.opens)
     def _():
         acc_HR[...] = jnp.zeros_like(acc_HR)
         total_1R[...] = jnp.zeros_like(total_1R)
         peak_1R[...] = jnp.full_like(peak_1R, FLOOR)
 
-    @pl.when(every)
-    def _():
-        logits_CR = _logits(q, k, marks, spec)
+    @_at_each_pair(place)
+    def _(masked):
+        logits_CR = _logits(q, k, masked and marks, spec)
         old_1R = peak_1R[...]
         new_1R = jnp.maximum(old_1R, jnp.max(logits_CR, axis=0, keepdims=True))
-        weights_CR, shrink_1R = jnp.exp(logits_CR - new_1R), jnp.exp(old_1R - new_1R)
+        weights_CR, shrink_1R = jnp.exp2(logits_CR - new_1R), jnp.exp2(old_1R - new_1R)
         total_1R[...] = total_1R[...] * shrink_1R + jnp.sum(weights_CR, axis=0, keepdims=True)
         acc_HR[...] = acc_HR[...] * shrink_1R + _dot(v[...], weights_CR.astype(v.dtype), 0, 0)
         peak_1R[...] = new_1R
 
-    @pl.when(last)
+    @pl.when(place.closes)
     def _():
         empty_1R = total_1R[...] == 0.0
         safe_1R = jnp.where(empty_1R, 1.0, total_1R[...])
         out[...] = (acc_HR[...] / safe_1R).T.astype(out.dtype)
-        logsumexp[...] = jnp.where(empty_1R, NEG_INF, peak_1R[...] + jnp.log(safe_1R))
+        logsumexp[...] = jnp.where(empty_1R, NEG_INF, peak_1R[...] / LOG2E + jnp.log(safe_1R))
 
 
 def _dq_kernel(spec, place, q, k, v, *refs):
-    first, every, last = place.kind_opens, place.computes, place.kind_closes
     *marks, d_out, logsumexp, shift, dq, acc_RH = refs
 
-    @pl.when(first)
+    @pl.when(place.kind_opens)
     def _():
         acc_RH[...] = jnp.zeros_like(acc_RH)
 
-    @pl.when(every)
-    def _():
-        _, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, marks, spec)
+    @_at_each_pair(place)
+    def _(masked):
+        _, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, masked and marks, spec)
         acc_RH[...] += _dot(d_logits_CR.astype(k.dtype), k[...], 0, 0)
 
-    @pl.when(last)
+    @pl.when(place.kind_closes)
     def _():
-        dq[...] = acc_RH[...].astype(dq.dtype)
+        dq[...] = (acc_RH[...] * spec.scale).astype(dq.dtype)
 
 
 def _dkv_kernel(spec, place, q, k, v, *refs):
-    first, every, last = place.opens, place.computes, place.closes
     *marks, d_out, logsumexp, shift, dk, dv, dk_CH, dv_CH = refs
 
-    @pl.when(first)
+    @pl.when(place.opens)
     def _():
         dk_CH[...] = jnp.zeros_like(dk_CH)
         dv_CH[...] = jnp.zeros_like(dv_CH)
 
-    @pl.when(every)
-    def _():
-        weights_CR, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, marks, spec)
+    @_at_each_pair(place)
+    def _(masked):
+        weights_CR, d_logits_CR = _weights(q, k, v, d_out, logsumexp, shift, masked and marks, spec)
         dk_CH[...] += _dot(d_logits_CR.astype(q.dtype), q[...], 1, 0)
         dv_CH[...] += _dot(weights_CR.astype(d_out.dtype), d_out[...], 1, 0)
 
-    @pl.when(last)
+    @pl.when(place.closes)
     def _():
-        dk[...] = dk_CH[...].astype(dk.dtype)
+        dk[...] = (dk_CH[...] * spec.scale).astype(dk.dtype)
         dv[...] = dv_CH[...].astype(dv.dtype)
 
 
+def _at_each_pair(place):
+    """Runs the decorated function, given whether a mask is needed, where the step has a pair of blocks."""
+
+    def run(kernel):
+        pl.when(place.masked)(functools.partial(kernel, True))
+        pl.when(place.clear)(functools.partial(kernel, False))
+
+    return run
+
+
 def _weights(q, k, v, d_out, logsumexp, shift, marks, spec):
-    """Softmax weights of one pair of blocks and the gradient of its logits, both [C, R] float32."""
-    peak_1R = jnp.maximum(logsumexp[...], FLOOR)  # rows that see nothing: weights 0, as in the forward
-    weights_CR = jnp.exp(_logits(q, k, marks, spec) - peak_1R)
+    """Softmax weights of one pair of blocks and the gradient of its logits before scaling, both [C, R] float32."""
+    peak_1R = jnp.maximum(logsumexp[...] * LOG2E, FLOOR)  # rows that see nothing: weights 0, as in the forward
+    weights_CR = jnp.exp2(_logits(q, k, marks, spec) - peak_1R)
     d_weights_CR = _dot(v[...], d_out[...].astype(v.dtype), 1, 1)
-    return weights_CR, weights_CR * (d_weights_CR - shift[...]) * spec.scale
+    return weights_CR, weights_CR * (d_weights_CR - shift[...])
 
 
 def _logits(q, k, marks, spec):
+    """Scaled logits in units of log 2; NEG_INF where a query may not see the key, if there are marks to tell."""
+    logits_CR = _dot(k[...], q[...], 1, 1) * (spec.scale * LOG2E)
+    if not marks:
+        return logits_CR
     q_segment_ids, kv_segment_ids, q_positions, kv_positions, *since = (mark[...] for mark in marks)
     mask_CR = (_column(kv_segment_ids) == q_segment_ids) & (q_segment_ids != 0)
     if spec.causal:
@@ -179,7 +195,7 @@ def _logits(q, k, marks, spec):
         mask_CR &= kv_positions_C1 <= q_positions
         for since_1R in since:
             mask_CR &= kv_positions_C1 >= since_1R
-    return jnp.where(mask_CR, _dot(k[...], q[...], 1, 1) * spec.scale, NEG_INF)
+    return jnp.where(mask_CR, logits_CR, NEG_INF)
 
 
 def _column(x_1C):
@@ -240,12 +256,15 @@ def _block_sizes(q_ABTNH, k_BSKH, spec: Spec) -> tuple[int, int]:
 
 
 def _tile(marks: Marks, spec: Spec, G: int):
-    """Returns the marks cut into rows of tiles, each query block's range of key blocks, and vice versa; [A, B, …]."""
+    """Returns the marks cut into rows of tiles, each query block's ranges of key blocks, and vice versa; [A, B, …]."""
     sizes = (spec.block_q, spec.block_k) * 2
     padded = Marks(*(_pad(x, 1, size) for x, size in zip(marks, sizes, strict=True)))
     queries, keys = blockwise.cut_both(padded, spec)
-    seen_AIJB = blockwise.seen_by_kind(queries, keys, spec)
-    of_queries, of_keys = ([jnp.swapaxes(x, 1, 2) for x in blockwise.bounds(seen_AIJB, axis=axis)] for axis in (2, 1))
+    seen_AIJB, clear_AIJB = (blockwise.by_pairs(f, queries, keys, spec) for f in (blockwise.seen, blockwise.clear))
+
+    def ranges(axis):
+        found = *blockwise.bounds(seen_AIJB, axis), *blockwise.first_run(clear_AIJB, axis)
+        return [jnp.swapaxes(x, 1, 2) for x in found]
 
     # One row per block, repeated for each head of the group: a [1, R] tile that broadcasts against [C, R] logits.
     def of_rows(x_AIBP):
@@ -256,7 +275,7 @@ def _tile(marks: Marks, spec: Spec, G: int):
 
     tiles = [of_rows(queries.segment_ids), of_columns(keys.segment_ids)]
     tiles += [of_rows(queries.positions), of_columns(keys.positions)]
-    return tiles + ([] if queries.since is None else [of_rows(queries.since)]), of_queries, of_keys
+    return tiles + ([] if queries.since is None else [of_rows(queries.since)]), ranges(2), ranges(1)
 
 
 def _pad(x, axis: int, size: int):

@@ -21,12 +21,15 @@ class Walk(NamedTuple):
 
     Attributes:
       first, last: first inner block of each kind, and one past the last; none where last <= first.
+      clear_first, clear_last: the inner blocks of which everybody may see everything: they need no mask.
       ends: steps that an outer block takes until it is done with a kind. Kinds go from the last one to kind 0, which
         for dual chunks is the order of the keys.
     """
 
     first: jax.Array
     last: jax.Array
+    clear_first: jax.Array
+    clear_last: jax.Array
     ends: jax.Array
 
 
@@ -37,7 +40,7 @@ class Place(NamedTuple):
       outer, kind, inner: block of the output, kind of query, block of the other side.
       opens, closes: whether it is the first and the last step of its outer block.
       kind_opens, kind_closes: likewise of its kind in its outer block.
-      computes: whether there is an inner block at all.
+      masked, clear: whether there is an inner block that needs a mask, or one that needs none.
     """
 
     outer: jax.Array
@@ -47,19 +50,21 @@ class Place(NamedTuple):
     closes: jax.Array
     kind_opens: jax.Array
     kind_closes: jax.Array
-    computes: jax.Array
+    masked: jax.Array
+    clear: jax.Array
 
 
-def make(first, last, *, every_kind: bool) -> Walk:
+def make(first, last, clear_first, clear_last, *, every_kind: bool) -> Walk:
     """Returns the walk over ranges of inner blocks.
 
     Args:
-      first, last: of Walk.
+      first, last, clear_first, clear_last: of Walk.
       every_kind: each kind takes at least one step; else kind 0 does. A step without an inner block computes nothing
         and lets the kernel write zeros.
     """
     least_A11 = jnp.full((first.shape[0], 1, 1), int(every_kind), jnp.int32).at[0].set(1)
-    return Walk(first, last, jax.lax.cumsum(jnp.maximum(last - first, least_A11), axis=0, reverse=True))
+    ends = jax.lax.cumsum(jnp.maximum(last - first, least_A11), axis=0, reverse=True)
+    return Walk(first, last, clear_first, clear_last, ends)
 
 
 def grid(walk: Walk) -> tuple[int, jax.Array]:
@@ -86,9 +91,11 @@ def locate(walk: Walk, b, two, step) -> Place:
         kind += (step < walk.ends[a, b, outer]).astype(jnp.int32)
     if kinds > 1:
         start = jnp.where(kind == kinds - 1, 0, walk.ends[jnp.minimum(kind + 1, kinds - 1), b, outer])
-    first, last, end = (of[kind, b, outer] for of in walk)
-    inner = jnp.maximum(jnp.minimum(first + step - start, last - 1), 0)
+    first, last, clear_first, clear_last, end = (of[kind, b, outer] for of in walk)
+    at = step - start
+    inner = jnp.maximum(jnp.minimum(first + at, last - 1), 0)
+    computes, clear = at < last - first, (inner >= clear_first) & (inner < clear_last)
     return Place(
         outer, kind, inner, step == 0, step == walk.ends[0, b, outer] - 1, step == start, step == end - 1,
-        step - start < last - first,
+        computes & ~clear, computes & clear,
     )  # fmt: skip
