@@ -25,9 +25,11 @@ from qwen_jax.data import conversations, loader, long_text, packing, sources
 from qwen_jax.data.conversations import Document
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_whole
-from qwen_jax.training import command, loop, pretrained, supervised, workdir
+from qwen_jax.training import command, loop, page, pretrained, report, supervised, workdir
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.page import Table, Text
+from qwen_jax.training.samples import SamplesConfig
 
 LABEL = "long_context"
 
@@ -62,6 +64,7 @@ def small() -> Config:
             base,
             optimizer=OptimizerConfig(schedule="cosine", warmup_steps=20, final_ratio=0.1),
             loop=dataclasses.replace(base.loop, eval_every=0, checkpoint_every=100),
+            samples=SamplesConfig(prompts=0),
         ),
         stages=(
             Stage(128, 1e4, 400, 16, 3e-3, full=1.0),
@@ -126,7 +129,7 @@ def train_stage(config: Config, stage: Stage, folder: Path, base: str, texts: Se
     run_config = stage_config(config, stage)
     built = pretrain.build(run_config, sharding.make_mesh(run_config.mesh))
     workdir.prepare(folder, run_config, experiment=LABEL, recipe=recipe)
-    pretrain.run_tokenizer(run_config, folder)
+    tok = pretrain.run_tokenizer(run_config, folder)
     read, held_out = texts
     cut = dict(shortest=config.stages[0].length, full=stage.full, seed=run_config.seed)
     train = packing.PackedRows(long_text.mixed_lengths(read, stage.length, **cut), stage.length)
@@ -137,8 +140,9 @@ def train_stage(config: Config, stage: Stage, folder: Path, base: str, texts: Se
         return built.start(pretrained.load_params(base, built.state.params), key) if base else built.init(key)
 
     supervised.fit(
-        built, train, validation, config=run_config, workdir=folder, experiment=LABEL, recipe=recipe, initial=initial
-    )
+        built, train, {run_config.dataset: validation}, tok, config=run_config, workdir=folder, experiment=LABEL,
+        recipe=recipe, initial=initial,
+    )  # fmt: skip
 
 
 def loss_at(config: Config, stage: Stage, length: Stage, folder: Path, held_out: Document) -> float:
@@ -162,7 +166,7 @@ def run(config: Config, folder, recipe: str) -> list[list[float]]:
             f"the stages' lengths are {lengths}; expected greater ones from stage to stage, all of them divisors of "
             f"scored_tokens {config.scored_tokens}"
         )
-    folder = workdir.prepare(folder, config, experiment=LABEL, recipe=recipe)
+    folder = workdir.prepare(folder, config, experiment=LABEL, recipe=recipe, recipes=RECIPES)
     tok = pretrain.run_tokenizer(config.shared, folder)
     config = dataclasses.replace(config, shared=dataclasses.replace(config.shared, tokenizer=str(folder / "tokenizer")))
     texts = [text(config.shared, tok, split) for split in ("train", "validation")]
@@ -173,29 +177,32 @@ def run(config: Config, folder, recipe: str) -> list[list[float]]:
         losses.append([loss_at(config, stage, other, own, texts[1]) for other in config.stages])
         base = str(own)
     write_whole(folder / "losses.json", json.dumps(losses))
-    report = summary(config, losses)
-    write_whole(folder / "report.md", report)
-    print(report)
+    record = workdir.read(folder)
+    blocks = [
+        *report.head(f"long_context {recipe}", record),
+        *summary(config, losses),
+        *report.differences(record),
+        *report.versions(record),
+    ]
+    page.write(folder, "report", blocks)
+    print((folder / "report.md").read_text())
     loop.say(LABEL, f"done: {folder / 'report.md'}, the model in {base}")
     return losses
 
 
-def summary(config: Config, losses: list[list[float]]) -> str:
-    """Returns report.md."""
-    lengths = [f"{stage.length:,}" for stage in config.stages]
-    lines = [
-        f"# A longer context in stages\n\n{config.shared.model.param_counts()['total']:,} parameters. Nats per token "
-        f"of the same {config.scored_tokens:,} tokens of held-out text, in rows of\n",
-        f"| after the stage of | theta | steps | tokens | in full | {' | '.join(lengths)} |",
-        "|---" * (5 + len(lengths)) + "|",
-    ]
-    for stage, length, row in zip(config.stages, lengths, losses, strict=True):
-        tokens = stage.steps * stage.batch_size * stage.length
-        cells = " | ".join(f"{loss:.4f}" for loss in row)
-        lines.append(
-            f"| {length} | {stage.rope_theta:,.0f} | {stage.steps} | {tokens:,} | {stage.full:.0%} | {cells} |"
-        )
-    return "\n".join([*lines, ""])
+def summary(config: Config, losses: list[list[float]]) -> list[page.Block]:
+    """Returns what of the report tells the losses."""
+    lengths, rows = [f"{stage.length:,}" for stage in config.stages], []
+    for stage, length, of_stage in zip(config.stages, lengths, losses, strict=True):
+        tokens = f"{stage.steps * stage.batch_size * stage.length:,}"
+        told = [length, f"{stage.rope_theta:,.0f}", str(stage.steps), tokens, f"{stage.full:.0%}"]
+        rows.append([*told, *(f"{loss:.4f}" for loss in of_stage)])
+    told = (
+        f"{config.shared.model.param_counts()['total']:,} parameters. Nats per token of the same "
+        f"{config.scored_tokens:,} tokens of held-out text after each stage, in rows of each stage's length."
+    )
+    header = ["stage", "theta", "steps", "tokens", "in full", *(f"at {length}" for length in lengths)]
+    return [Text("Losses", 2), Text(told), Table(header, rows)]
 
 
 if __name__ == "__main__":

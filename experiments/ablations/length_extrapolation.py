@@ -29,7 +29,9 @@ from qwen_jax.data import loader, long_text, packing
 from qwen_jax.data.conversations import Document
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_whole
-from qwen_jax.training import checkpoint, command, loop, supervised, workdir
+from qwen_jax.training import checkpoint, command, loop, page, report, supervised, workdir
+from qwen_jax.training.page import Picture, Table, Text
+from qwen_jax.training.samples import SamplesConfig
 
 LABEL = "length_extrapolation"
 
@@ -54,9 +56,8 @@ def cpu() -> Config:
     base = pretrain.small()
     loop = dataclasses.replace(base.loop, steps=1600, eval_every=200, checkpoint_every=200)
     optimizer = dataclasses.replace(base.optimizer, decay_steps=400)
-    return Config(
-        dataclasses.replace(base, model=base.model.replace(num_hidden_layers=2), optimizer=optimizer, loop=loop)
-    )
+    model, samples = base.model.replace(num_hidden_layers=2), SamplesConfig(prompts=0)
+    return Config(dataclasses.replace(base, model=model, optimizer=optimizer, loop=loop, samples=samples))
 
 
 def smoke() -> Config:
@@ -98,7 +99,7 @@ def train(config: Config, folder: Path, recipe: str) -> Document:
     rows = packing.MixedRows([stream, keys], [1 - config.passkey_share, config.passkey_share])
     validation = packing.StreamRows([held_out], base.length, seed=base.seed).first(base.validation_rows)
     supervised.fit(
-        built, rows, validation, config=base, workdir=folder, experiment=LABEL, recipe=recipe,
+        built, rows, {base.dataset: validation}, tok, config=base, workdir=folder, experiment=LABEL, recipe=recipe,
         initial=lambda: built.init(jax.random.key(base.seed)),
     )  # fmt: skip
     return held_out
@@ -162,46 +163,55 @@ def run(config: Config, folder, recipe: str) -> dict[str, dict[str, dict]]:
             f"lengths are {config.lengths}; expected divisors of scored_tokens {config.scored_tokens} and of "
             f"tokens_at_once {config.tokens_at_once}, from the length of training, {trained}, on"
         )
-    folder = workdir.prepare(folder, config, experiment="ablations.length_extrapolation", recipe=recipe)
+    folder = workdir.prepare(
+        folder, config, experiment="ablations.length_extrapolation", recipe=recipe, recipes=RECIPES
+    )
     held_out = train(config, folder / "trained", recipe)
     if len(held_out.ids) <= config.scored_tokens:
         raise InputError(f"the validation text has {len(held_out.ids)} tokens; expected over {config.scored_tokens}")
     results = score_all(config, folder, held_out)
     plot(config, results, folder / "plots" / "length_extrapolation.png")
-    report = summary(config, results)
-    write_whole(folder / "report.md", report)
-    print(report)
+    record = workdir.read(folder)
+    blocks = [
+        *report.head(f"length_extrapolation {recipe}", record),
+        *summary(config, results),
+        *report.differences(record),
+        *report.versions(record),
+    ]
+    page.write(folder, "report", blocks)
+    print((folder / "report.md").read_text())
     loop.say(LABEL, f"done: {folder / 'report.md'}, curves in {folder / 'plots'}")
     return results
 
 
-def summary(config: Config, results: dict[str, dict[str, dict]]) -> str:
-    """Returns report.md."""
+def summary(config: Config, results: dict[str, dict[str, dict]]) -> list[page.Block]:
+    """Returns what of the report tells the scores."""
     lengths, base = config.lengths, config.pretrain
     first, last = str(lengths[0]), str(lengths[-1])
     tokens = base.loop.steps * base.batch_size * base.length
-    lines = [
-        f"# Reading further than the length of training\n\n{base.model.param_counts()['total']:,} parameters, trained "
-        f"on {tokens:,} tokens in rows of {base.length}, {config.passkey_share:.0%} of them pass keys; seed "
-        f"{base.seed}. Scored on the same {config.scored_tokens:,} tokens at every length.\n"
-    ]
-    answers = f"Pass keys found of {config.passkeys} (digits)"
+    told = (
+        f"{base.model.param_counts()['total']:,} parameters, trained on {tokens:,} tokens in rows of {base.length}, "
+        f"{config.passkey_share:.0%} of them pass keys; seed {base.seed}. Perplexity of the same "
+        f"{config.scored_tokens:,} tokens of held-out text at every length; {config.passkeys} pass keys of "
+        f"{long_text.DIGITS} digits at each."
+    )
     tables = {
         "Perplexity": (lengths, lambda of: [f"{np.exp(x['loss']):.2f}" for x in of.values()]),
         f"Perplexity over that at {first}": (
             lengths, lambda of: [f"{np.exp(x['loss'] - of[first]['loss']):.3f}" for x in of.values()]
         ),
-        answers: (lengths, lambda of: [f"{x['passkeys']:.0%} ({x['digits']:.0%})" for x in of.values()]),
+        "Pass keys found (digits)": (
+            lengths, lambda of: [f"{x['passkeys']:.0%} ({x['digits']:.0%})" for x in of.values()]
+        ),
         f"Nats per token by position, read at {last}": (
             [f"{a}–{b}" for a, b in itertools.pairwise((0, *lengths))],
             lambda of: [f"{x:.3f}" for x in of[last]["loss_by_position"]],
         ),
     }  # fmt: skip
+    blocks = [Text(told), Picture("plots/length_extrapolation.png", "curves")]
     for title, (columns, cells) in tables.items():
-        lines += [f"| {title} | {' | '.join(map(str, columns))} |", "|---" * (1 + len(columns)) + "|"]
-        lines += [f"| {way} | {' | '.join(cells(found))} |" for way, found in results.items()]
-        lines.append("")
-    return "\n".join([*lines, "![curves](plots/length_extrapolation.png)\n"])
+        blocks += [Text(title, 2), Table(["", *map(str, columns)], [[way, *cells(of)] for way, of in results.items()])]
+    return blocks
 
 
 def plot(config: Config, results: dict[str, dict[str, dict]], path: Path) -> None:
