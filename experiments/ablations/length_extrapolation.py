@@ -52,10 +52,10 @@ class Config:
 
 
 def cpu() -> Config:
-    """0.5M parameters in two layers, trained for 1,600 steps on human chats and pass keys."""
+    """0.5M parameters in two layers, trained for 1,000 steps on human chats and pass keys."""
     base = pretrain.small()
-    loop = dataclasses.replace(base.loop, steps=1600, eval_every=200, checkpoint_every=200)
-    optimizer = dataclasses.replace(base.optimizer, decay_steps=400)
+    loop = dataclasses.replace(base.loop, steps=1000, eval_every=250, checkpoint_every=250)
+    optimizer = dataclasses.replace(base.optimizer, decay_steps=250)
     model, samples = base.model.replace(num_hidden_layers=2), SamplesConfig(prompts=0)
     return Config(dataclasses.replace(base, model=model, optimizer=optimizer, loop=loop, samples=samples))
 
