@@ -9,7 +9,7 @@ needs no network.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,7 +49,7 @@ class Config:
     model: QwenConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
-    dataset: str = "chitchat"  # a name that data.sources knows
+    dataset: str = "chitchat"  # a name, files, or a mixture: see data.sources
     tokenizer: str = ""  # file or folder; empty: one of model.vocab_size tokens is trained on the training split
     length: int = 256  # tokens in a row
     batch_size: int = 8  # rows in a step
@@ -92,23 +92,6 @@ def smoke() -> Config:
     )
 
 
-def experts() -> Config:
-    """`small` with 16 fine-grained experts in the place of each MLP, 4 of them a token: as much work per token."""
-    base = small()
-    model = base.model.replace(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96, norm_topk_prob=True)
-    return dataclasses.replace(base, model=model)
-
-
-def experts_with(**router) -> Callable[[], Config]:
-    """Returns the recipe of `experts` with another loss of the router."""
-
-    def recipe() -> Config:
-        return dataclasses.replace(experts(), router=RouterLoss(**router))
-
-    recipe.__doc__ = f"`experts` with {', '.join(f'router.{name} {value}' for name, value in router.items())}."
-    return recipe
-
-
 def qwen_7b() -> Config:
     """Qwen-7B's pretraining (arXiv:2309.16609, section 2.4), 2.4T tokens; give --dataset and --tokenizer.
 
@@ -126,15 +109,7 @@ def qwen_7b() -> Config:
     )
 
 
-RECIPES = {
-    "small": small,
-    "smoke": smoke,
-    "qwen-7b": qwen_7b,
-    "experts": experts,
-    **{f"experts-{kind}": experts_with(kind=kind) for kind in objectives.balance.KINDS[1:]},
-    "experts-unbalanced": experts_with(weight=0.0),
-    "experts-router-z": experts_with(z_weight=1e-3),
-}
+RECIPES = {"small": small, "smoke": smoke, "qwen-7b": qwen_7b}
 
 
 def language_model_loss(
@@ -226,16 +201,27 @@ def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
     return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
 
 
-def rows(config: Config, tok: tokenizer.Tokenizer) -> tuple[packing.StreamRows, dict[str, list[LMBatch]]]:
-    """Returns the rows to train on, texts joined and cut, and those to evaluate on, source by source."""
+def text_rows(
+    config: Config, tok: tokenizer.Tokenizer, dataset: str, split: str, *, hold_out: bool = True
+) -> packing.StreamRows:
+    """Returns the rows of one split of a data set: its texts joined and cut."""
+    texts = map(conversations.plain_text, sources.load(dataset, split, hold_out=hold_out))
+    return packing.StreamRows(conversations.text_documents(texts, tok).documents, config.length, seed=config.seed)
 
-    def of(dataset: str, split: str) -> packing.StreamRows:
-        texts = map(conversations.plain_text, sources.load(dataset, split))
-        return packing.StreamRows(conversations.text_documents(texts, tok).documents, config.length, seed=config.seed)
 
-    names = sources.names(config.dataset)
-    held_out = dict(zip(sources.short_names(names), (of(name, "validation") for name in names), strict=True))
-    return of(config.dataset, "train"), packing.first_of_each(held_out, config.validation_rows)
+def rows(
+    config: Config, tok: tokenizer.Tokenizer
+) -> tuple[packing.StreamRows | packing.MixedRows, dict[str, list[LMBatch]]]:
+    """Returns the rows to train on, those of sources with weights apart, and those to evaluate on, source by source."""
+    names, weights = zip(*sources.weighted(config.dataset), strict=True)
+    held_out = {
+        short: text_rows(config, tok, name, "validation")
+        for short, name in zip(sources.short_names(names), names, strict=True)
+    }
+    if weights[0] is None:
+        return text_rows(config, tok, config.dataset, "train"), packing.first_of_each(held_out, config.validation_rows)
+    train = packing.MixedRows([text_rows(config, tok, name, "train") for name in names], weights)
+    return train, packing.first_of_each(held_out, config.validation_rows, weights)
 
 
 def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequence[LMBatch]]:

@@ -7,7 +7,7 @@ import importlib
 
 _MODULES = (
     "baseline", "buckets", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader",
-    "made_up", "packages", "packing", "prompts", "sources", "token_cache", "tokenising", "turns",
+    "made_up", "packages", "packing", "prompts", "sources", "texts", "token_cache", "tokenising", "turns",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from qwen_jax.data import files, formats, packages
 from qwen_jax.errors import InputError
 
-NAMES = ("chitchat", "made-up")
+NAMES = ("chitchat", "made-up", "chinese-reviews", "python-code")
 HELD_OUT = 5  # percent
 _SPLITS = {"train": range(HELD_OUT, 100), "validation": range(HELD_OUT)}
 _LISTS = ("messages", "conversations", "chosen", "rejected", "prompt", "tools", "history")
@@ -73,6 +73,15 @@ def find(dataset: str, split: str, *, hold_out: bool = True) -> list[Source]:
     Raises:
       InputError: a source is not found, or has no such split; or only some have weights.
     """
+    return [dataclasses.replace(_source(name, split, hold_out), weight=weight) for name, weight in weighted(dataset)]
+
+
+def weighted(dataset: str) -> list[tuple[str, float | None]]:
+    """Returns the sources that a data set names, each with its weight; None where there are no weights.
+
+    Raises:
+      InputError: nothing is named, a weight is not above 0, or only some sources have one.
+    """
     named = [_weighted(text.strip()) for text in dataset.split(",") if text.strip()]
     if not named:
         raise InputError(f"no data set is named; expected {', '.join(NAMES)}, files, or a TFDS data set")
@@ -81,7 +90,7 @@ def find(dataset: str, split: str, *, hold_out: bool = True) -> list[Source]:
         raise InputError(f"{dataset}: the weight of a source has to be above 0")
     if None in weights and any(weight is not None for weight in weights):
         raise InputError(f"{dataset}: only some of its sources have a weight; expected all or none, as in a:0.7,b:0.3")
-    return [dataclasses.replace(_source(name, split, hold_out), weight=weight) for name, weight in named]
+    return named
 
 
 def names(dataset: str) -> list[str]:
@@ -96,25 +105,34 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short, 1)]
 
 
-def load(dataset: str, split: str) -> Sequence[list[dict]] | Iterator[list[dict]]:
+def load(dataset: str, split: str, *, hold_out: bool = True) -> Sequence[list[dict]] | Iterator[list[dict]]:
     """The conversations of a split, each a list of OpenAI messages, in order.
 
     Args:
       dataset: as the module says; weights are of no matter.
-      split: as in `find`.
+      split, hold_out: as in `find`.
 
     Raises:
       InputError: as `find`; also, while it is read, on the first record that is no conversation.
     """
-    if dataset == "chitchat":
+    if dataset in NAMES:
+        return _known(dataset, split)
+    return _conversations(find(dataset, split, hold_out=hold_out))
+
+
+def _known(name: str, split: str) -> Sequence[list[dict]]:
+    """The conversations of one of NAMES."""
+    if name == "chitchat":
         from qwen_jax.data import chitchat
 
         return chitchat.load(split)
-    if dataset == "made-up":
+    if name == "made-up":
         from qwen_jax.data import made_up
 
         return made_up.load(split)
-    return _conversations(find(dataset, split))
+    from qwen_jax.data import texts
+
+    return texts.load(name, split)
 
 
 def _conversations(sources: list[Source]) -> Iterator[list[dict]]:
@@ -145,10 +163,8 @@ def _source(name: str, split: str, hold_out: bool) -> Source:
         from qwen_jax.data import chitchat
 
         return Source(name, (Examples.of(chitchat.build(), split),))
-    if name == "made-up":
-        from qwen_jax.data import made_up
-
-        return Source(name, (Listed(f"{name} {split}", made_up.load(split)),))
+    if name in NAMES:
+        return Source(name, (Listed(f"{name} {split}", _known(name, split)),))
     if files.looks_like_path(name):
         return Source(name, tuple(files.find(name)), percents=_percents(name, split, hold_out))
     builder = _tfds_builder(name)

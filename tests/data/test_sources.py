@@ -89,8 +89,16 @@ def test_mixtures_have_weights(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
-        ("", "train", "no data set is named; expected chitchat, made-up, files, or a TFDS"),
-        ("chit", "train", "no data set is called 'chit': it is none of chitchat, made-up, no file or folder"),
+        (
+            "",
+            "train",
+            "no data set is named; expected chitchat, made-up, chinese-reviews, python-code, files, or a TFDS",
+        ),
+        (
+            "chit",
+            "train",
+            "no data set is called 'chit': it is none of chitchat, made-up, chinese-reviews, python-code, no file",
+        ),
         ("lost.jsonl", "train", "lost.jsonl: there is no such file or folder"),
         ("made-up:0.5,made-up", "train", "only some of its sources have a weight"),
         ("made-up:0", "train", "the weight of a source has to be above 0"),
