@@ -2,10 +2,15 @@
 
     python benchmarks/experts.py [--runs 7] [--case few]
 
-Prints one JSON object per case. Router and experts of Qwen3-MoE's kind, with random weights, against (a) a dense MLP as
+Prints JSON lines, one per case. Router and experts of Qwen3-MoE's kind, with random weights, against (a) a dense MLP as
 wide as the experts of one token together, which is the same arithmetic per token, and (b) where torch and transformers
-are installed, their Qwen3MoeSparseMoeBlock with the same weights, in each of its ways to run experts.
+are installed, their Qwen3MoeSparseMoeBlock with the same weights, in two of its ways to run experts: "eager", a loop
+over experts in Python, which a block made by itself does, and "grouped_mm", torch's grouped product, which a whole
+model asks for ("by default" says which is which, asked of transformers itself).
 Programs take turns; medians of wall seconds and of the process's CPU seconds, which a busy machine distorts less.
+
+"share of peak" is the arithmetic that the chosen experts and the router need, over the time and over what a large
+float32 matrix product reaches here on all cores: no program can be faster than another by more than 1 over its share.
 
 "FLOPs/active" is what the matrix products of the compiled program do, by its own text, each loop counted as often as
 these tokens make it run, over what the chosen experts and the router need: 2 per weight and token forward, 4 backward.
@@ -24,11 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import sharding
 from qwen_jax.config import QwenConfig
 from qwen_jax.models.mlp import MLP, MoE
 from qwen_jax.ops.experts import order_by_expert
 from qwen_jax.ops.tiles import SIZES
 from qwen_jax.sharding import Layout
+from qwen_jax.training.throughput import peak_flops
 
 
 class Case(NamedTuple):
@@ -126,6 +133,18 @@ def peers(case: Case, params, x_BTD) -> dict:
     return made
 
 
+def defaults() -> dict[str, str]:
+    """How transformers runs experts where nobody says how; {} where it is not installed."""
+    try:
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    except ImportError:
+        return {}
+    small = dict(hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=1, vocab_size=16)
+    config = Qwen3MoeConfig(**small, num_attention_heads=1, num_key_value_heads=1, num_experts=2, num_experts_per_tok=1)
+    alone = config._experts_implementation or "eager"  # what ExpertsInterface falls back to
+    return {"a block": alone, "a model": Qwen3MoeForCausalLM(config).config._experts_implementation}
+
+
 def seconds(programs: dict, runs: int) -> dict[str, tuple[float, float]]:
     """Returns the median wall and CPU seconds of each; they take turns, and the first turn is not counted."""
     taken = {name: [] for name in programs}
@@ -161,6 +180,7 @@ def compare(name: str, runs: int) -> dict:
     active = 6.0 * case.tokens * case.hidden * (3 * case.chosen * case.width + case.experts)
     arrays = [math.prod(map(int, shape.split(","))) for shape in re.findall(r" = \w+\[([\d,]+)\]", text)]
     weights = case.experts * case.hidden * case.width
+    peak = peak_flops(sharding.make_mesh())[0]
     return {
         "case": name,
         **case._asdict(),
@@ -169,6 +189,7 @@ def compare(name: str, runs: int) -> dict:
             max(size for size in arrays if size != weights) / (case.tokens * case.experts * case.width), 3
         ),
         "milliseconds, wall and CPU": {peer: [round(1e3 * x, 1) for x in pair] for peer, pair in taken.items()},
+        "share of peak": {peer: round(active / pair[0] / peak, 2) for peer, pair in taken.items()},
         "experts/dense, wall and CPU": ratio("experts", "dense"),
         **{f"{peer}/experts, wall and CPU": ratio(peer, "experts") for peer in taken if peer.startswith("transf")},
     }
@@ -180,6 +201,7 @@ def main():
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--case", choices=CASES)
     arguments = parser.parse_args()
+    print(json.dumps({"transformers by default": defaults()}), flush=True)
     for name in [arguments.case] if arguments.case else CASES:
         print(json.dumps(compare(name, arguments.runs)), flush=True)
 

@@ -6,7 +6,7 @@
 Three runs of `experiments.moe` on the same text, by the same rule of the rate, with the same FLOPs: experts made of the
 base (Qwen2 report, section 2.2.2; as first published, arXiv:2212.05055, in the recipes of copies), the base itself, and
 the same experts from random parameters. What the base has cost already is not counted: it is there. Without --base one
-is trained first. report.md has the table, plots/loss.png the held-out losses over FLOPs.
+is trained first. report.md has the table and the held-out losses over FLOPs.
 """
 
 import dataclasses
@@ -17,12 +17,14 @@ from typing import NamedTuple
 from experiments import moe, pretrain
 from experiments.moe import Upcycling
 from qwen_jax.config import QwenConfig
-from qwen_jax.files import write_whole
-from qwen_jax.training import command, metrics, throughput, workdir
+from qwen_jax.training import command, metrics, page, throughput, workdir
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.page import Block, Picture, Table, Text
+from qwen_jax.training.samples import SamplesConfig
 
 COPIES = Upcycling(shuffle=False, reinitialize=0.0)
+NO_SAMPLES = SamplesConfig(prompts=0)
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,15 @@ class Config:
 
 
 def going_on(run: moe.Config) -> moe.Config:
-    """Returns the run cut to 200 steps, on the text in another order than the base has read it in."""
-    loop = dataclasses.replace(run.loop, steps=200, eval_every=40, checkpoint_every=40)
+    """Returns the run cut to 140 steps, on the text in another order than the base has read it in."""
+    loop = dataclasses.replace(run.loop, steps=140, eval_every=35, checkpoint_every=35)
     return dataclasses.replace(
-        run, loop=loop, optimizer=dataclasses.replace(run.optimizer, warmup_steps=20, decay_steps=80), seed=1
+        run,
+        loop=loop,
+        optimizer=dataclasses.replace(run.optimizer, warmup_steps=20, decay_steps=60),
+        seed=1,
+        validation_rows=64,
+        samples=NO_SAMPLES,
     )
 
 
@@ -59,13 +66,13 @@ def smollm2() -> Config:
     run = moe.with_experts(
         pretrain.Config(
             model=QwenConfig(dtype="float32"),  # the shape is the base's
-            optimizer=OptimizerConfig(peak_lr=1e-4, warmup_steps=5),
-            loop=LoopConfig(steps=40, log_every=5, eval_every=10, checkpoint_every=40),
-            batch_size=2, validation_rows=32,
+            optimizer=OptimizerConfig(peak_lr=1e-4, warmup_steps=2),
+            loop=LoopConfig(steps=12, log_every=3, eval_every=6, checkpoint_every=12),
+            batch_size=2, validation_rows=16, samples=NO_SAMPLES,
         ),
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1536, norm_topk_prob=True, decoder_sparse_step=2,
     )  # fmt: skip
-    return Config(dataclasses.replace(run, upcycling=COPIES, test_rows=32), pretrain.small())
+    return Config(dataclasses.replace(run, upcycling=COPIES, test_rows=16), pretrain.small())
 
 
 def smoke() -> Config:
@@ -106,38 +113,33 @@ class Result(NamedTuple):
 
 def run(config: Config, folder, recipe: str) -> dict[str, Result]:
     """Trains what is not trained yet, and writes the report."""
-    folder = workdir.prepare(folder, config, experiment="upcycle", recipe=recipe)
+    folder = workdir.prepare(folder, config, experiment="upcycle", recipe=recipe, recipes=RECIPES)
     base = config.base or str(folder / "base")
     if not config.base:
         pretrain.run(config.dense, folder / "base", recipe)
     results = {}
     for name, of_run in runs(config, base).items():
         tested = moe.run(of_run, folder / name, recipe)
-        scores = [row for row in metrics.read(folder / name) if "validation/nll" in row]
-        curve = [(row["step"] * flops_per_step(of_run), row["validation/nll"]) for row in scores]
+        scores = [row for row in metrics.read(folder / name) if "validation/loss" in row]
+        curve = [(row["step"] * flops_per_step(of_run), row["validation/loss"]) for row in scores]
         results[name] = Result(of_run, curve, next(iter(tested.values())).nats)
     plot(results, folder / "plots" / "loss.png")
-    text = summary(results)
-    write_whole(folder / "report.md", text)
-    print(f"{text}\n[upcycle] done: {folder / 'report.md'}, curves in {folder / 'plots' / 'loss.png'}", flush=True)
+    page.write(folder, "report", summary(results))
+    print(f"{(folder / 'report.md').read_text()}[upcycle] done: {folder / 'report.md'}", flush=True)
     return results
 
 
-def summary(results: dict[str, Result]) -> str:
-    """Returns report.md."""
-    lines = [
-        "# Upcycling\n\nLosses are nats per token; first and last on the validation rows, test on the test rows.\n",
-        "| run | parameters | active | steps | tokens | TFLOP | first | last | test |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def summary(results: dict[str, Result]) -> list[Block]:
+    """Returns the report."""
+    header = ["run", "parameters", "active", "steps", "tokens", "TFLOP", "first", "last", "test"]
+    rows = []
     for name, (config, curve, test) in results.items():
         counts, steps = config.model.param_counts(), config.loop.steps
-        lines.append(
-            f"| {name} | {counts['total']:,} | {counts['active']:,} | {steps} | "
-            f"{steps * config.batch_size * config.length:,} | {curve[-1][0] / 1e12:.3g} | {curve[0][1]:.4f} | "
-            f"{curve[-1][1]:.4f} | {test:.4f} |"
-        )
-    return "\n".join([*lines, "\n![held-out loss](plots/loss.png)\n"])
+        sizes = [counts["total"], counts["active"], steps, steps * config.batch_size * config.length]
+        losses = [f"{loss:.4f}" for loss in (curve[0][1], curve[-1][1], test)]
+        rows.append([name, *(f"{size:,}" for size in sizes), f"{curve[-1][0] / 1e12:.3g}", *losses])
+    told = "Losses are nats per token: first and last on the validation rows, test on the test rows."
+    return [Text("Upcycling", 1), Text(told), Table(header, rows), Picture("plots/loss.png", "held-out loss")]
 
 
 def plot(results: dict[str, Result], path: Path) -> None:

@@ -11,7 +11,6 @@ beside them, for a router that has learned nothing tells languages apart, too.
 """
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -21,10 +20,11 @@ from experiments import moe, pretrain
 from experiments.moe import Tested
 from experiments.pretrain import RouterLoss
 from qwen_jax import sharding
-from qwen_jax.files import write_whole
 from qwen_jax.objectives import router_use
-from qwen_jax.training import command, router_report, workdir
+from qwen_jax.training import command, page, router_report, workdir
 from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training.page import Block, Picture, Table, Text
+from qwen_jax.training.samples import SamplesConfig
 
 GRAINS = {"coarse": 2, "fine": 8}  # parts of the MLP: experts per token, of four times as many
 BALANCES = {"row": "per-sequence", "batch": "global-batch"}
@@ -38,18 +38,19 @@ class Config:
 
 
 def cpu() -> Config:
-    """1.9M parameters, 1.0M active, 100 steps of 12 rows each: two CPU cores."""
+    """1.9M parameters, 1.0M active, 70 steps of 12 rows each: two CPU cores."""
     base = pretrain.small()
     run = dataclasses.replace(
         moe.with_experts(base),
         model=base.model.replace(vocab_size=2048),
-        optimizer=dataclasses.replace(base.optimizer, warmup_steps=20, decay_steps=40),
-        loop=LoopConfig(steps=100, log_every=20, eval_every=50, checkpoint_every=50),
+        optimizer=dataclasses.replace(base.optimizer, warmup_steps=15, decay_steps=30),
+        loop=LoopConfig(steps=70, log_every=10, eval_every=35, checkpoint_every=35),
         router=RouterLoss(weight=1e-2),
         dataset="chitchat:1,chinese-reviews:1,python-code:1",
         batch_size=12,
         test_rows=128,
         validation_rows=96,
+        samples=SamplesConfig(prompts=0),
     )
     return Config(run)
 
@@ -82,7 +83,9 @@ def untrained(config: moe.Config, tok) -> dict[str, Tested]:
 
 def run(config: Config, folder, recipe: str) -> dict[str, dict[str, Tested]]:
     """Trains what is not trained yet, and writes the report."""
-    folder = workdir.prepare(folder, config, experiment="ablations.expert_specialisation", recipe=recipe)
+    folder = workdir.prepare(
+        folder, config, experiment="ablations.expert_specialisation", recipe=recipe, recipes=RECIPES
+    )
     tok = pretrain.run_tokenizer(config.moe, folder)
     shared = dataclasses.replace(config.moe, tokenizer=str((folder / "tokenizer").absolute()))
     results = {f"{grain}, untrained": untrained(case(shared, grain, "batch"), tok) for grain in GRAINS}
@@ -90,11 +93,10 @@ def run(config: Config, folder, recipe: str) -> dict[str, dict[str, Tested]]:
         for balance in BALANCES:
             found = moe.run(case(shared, grain, balance), folder / f"{grain}-{balance}", recipe)
             results[f"{grain}, by {balance}"] = found
-    text = summary(config.moe, results)
     maps = {f"{name}: {domain}": found.counts for name, each in results.items() for domain, found in each.items()}
     router_report.heat_maps(folder / "plots" / "load.png", maps, columns=len(next(iter(results.values()))))
-    write_whole(folder / "report.md", text)
-    print(f"{text}\n[specialisation] done: {folder / 'report.md'}, heat maps in {folder / 'plots'}", flush=True)
+    page.write(folder, "report", summary(config.moe, results))
+    print(f"{(folder / 'report.md').read_text()}[specialisation] done: {folder / 'report.md'}", flush=True)
     return results
 
 
@@ -113,28 +115,27 @@ def measures(tested: dict[str, Tested]) -> dict[str, np.ndarray]:
     }
 
 
-def summary(config: moe.Config, results: dict[str, dict[str, Tested]]) -> str:
-    """Returns report.md."""
+def summary(config: moe.Config, results: dict[str, dict[str, Tested]]) -> list[Block]:
+    """Returns the report."""
     tokens, domains = config.loop.steps * config.batch_size * config.length, list(next(iter(results.values())))
     tables = {name: measures(tested) for name, tested in results.items()}
     names = list(next(iter(tables.values())))
-    row = functools.partial("| {} |".format)
-    line = lambda cells: row(" | ".join(cells))
-    lines = [
-        f"# What experts learn\n\n{tokens:,} training tokens, seed {config.seed}. Means over layers; test rows.\n",
-        line(["model", *(f"nats, {domain}" for domain in domains), *names]),
-        "|---" * (1 + len(domains) + len(names)) + "|",
+    short = lambda values: [f"{value:.3f}" for value in values]
+    means = [
+        [name, *short(found.nats for found in tested.values()), *short(map(np.mean, tables[name].values()))]
+        for name, tested in results.items()
     ]
-    for name, tested in results.items():
-        losses = [f"{found.nats:.3f}" for found in tested.values()]
-        lines.append(line([name, *losses, *(f"{values.mean():.3f}" for values in tables[name].values())]))
-    layers = range(config.model.num_hidden_layers)
-    lines += ["\nInformation of domain and expert over log domains, layer by layer:\n"]
-    lines += [line(["model", *map(str, layers)]), "|---" * (1 + len(layers)) + "|"]
-    for name, table in tables.items():
-        lines.append(line([name, *(f"{value:.3f}" for value in table[names[0]])]))
-    lines.append("\n![load of each expert by domain](plots/load.png)\n")
-    return "\n".join(lines)
+    return [
+        Text("What experts learn", 1),
+        Text(f"{tokens:,} training tokens, seed {config.seed}; on test rows; means over layers."),
+        Table(["model", *(f"nats, {domain}" for domain in domains), *names], means),
+        Text(f"Layer by layer: {names[0]}", 2),
+        Table(
+            ["model", *map(str, range(config.model.num_hidden_layers))],
+            [[name, *short(table[names[0]])] for name, table in tables.items()],
+        ),
+        Picture("plots/load.png", "load of each expert by domain"),
+    ]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_the_report_of_upcycling_has_the_losses_of_its_runs(base, tmp_path, monk
         folder.mkdir(parents=True)
         loss = 5.0 - len(started)
         started.append(run)
-        rows = [{"step": 0, "validation/nll": loss}, {"step": 2, "validation/nll": loss - 0.5}]
+        rows = [{"step": 0, "validation/loss": loss}, {"step": 2, "validation/loss": loss - 0.5}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"step": 1, "loss": 9.0}])))
         return {"made-up": moe.Tested(loss - 0.25, 10, None)}
 
