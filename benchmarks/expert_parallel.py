@@ -1,7 +1,7 @@
 """Experts over a TPU slice: memory and traffic of the train step, compiled ahead of time; needs no TPU.
 
     pip install -e '.[tpu]'
-    python benchmarks/expert_parallel.py --topology v5p:4x4x4 --expert 8 [--model qwen3-30b-a3b] [--length 4096]
+    python benchmarks/expert_parallel.py --topology v5p:4x4x4 --expert 16 [--model qwen3-30b-a3b] [--length 4096]
 
 Prints one JSON object: what `experiments.moe` would run, with one row of tokens a chip, over --expert chips for the
 experts and fsdp over the others. Bytes are of one chip: arguments (parameters, AdamW, batch) and peak as the compiler
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--topology", default="v5p:4x4x4", help="as jax names it: chip:XxYxZ")
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument(
-        "--expert", type=int, default=8, help="chips over which the experts are split; the rest is fsdp"
+        "--expert", type=int, default=16, help="chips over which the experts are split; the rest is fsdp"
     )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=1, help="rows a chip")

@@ -57,11 +57,19 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     constraint only asserts.)
 
     Raises:
-      InputError: where the sizes do not multiply to the number of devices.
+      InputError: where the sizes do not multiply to the number of devices, or do not fit how a slice is wired.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    try:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    except NotImplementedError:  # an axis would have to be a part of one side of the slice
+        text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
+        sides = "x".join(str(1 + max(side)) for side in zip(*(device.coords for device in devices), strict=True))
+        raise InputError(
+            f"mesh has {text}, which does not fit a slice of {sides} chips; expected each axis to be a product of some "
+            "of its sides"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The mesh and its rules: what divides, what is refused, and the traps that fail silently elsewhere."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,19 @@ def test_one_axis_takes_what_the_others_leave(config, devices, sizes):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, message):
     with pytest.raises(InputError, match=message):
         sharding.make_mesh(config)
+
+
+def test_a_mesh_that_cannot_be_laid_on_a_slice_is_refused_with_its_sides():
+    """Devices as jax describes those of a v5p slice: 8 is no product of sides 4, 4, 4."""
+    places = np.ndindex(4, 4, 4)
+    chips = [
+        types.SimpleNamespace(
+            id=i, platform="tpu", device_kind="TPU v5", coords=place, core_on_chip=0, process_index=0, slice_index=0
+        )
+        for i, place in enumerate(places)
+    ]
+    with pytest.raises(InputError, match="fsdp=8, expert=8, which does not fit a slice of 4x4x4 chips"):
+        sharding.make_mesh(MeshConfig(expert=8), chips)
 
 
 def test_mesh_axes_are_auto():
