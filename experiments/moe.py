@@ -125,18 +125,16 @@ build = pretrain.build
 
 
 def from_base(config: Config, folder: Path) -> Config:
-    """Returns the config with the shape and the tokenizer of its base; with its own experts where that has none.
+    """Returns the config with the shape of its base, and with its own experts where that has none.
 
     Raises:
       InputError: where the base is neither a Hugging Face folder nor a run.
     """
     found = bases.from_base(config, folder)
-    if found.base == "random":
+    if found.base == "random" or found.model.num_experts:
         return found
-    if not found.model.num_experts:
-        own = {name: getattr(config.model, name) for name in EXPERTS}
-        found = dataclasses.replace(found, model=found.model.replace(**own))
-    return dataclasses.replace(found, tokenizer=config.tokenizer or str(pretrained.tokenizer_path(found.base)))
+    own = {name: getattr(config.model, name) for name in EXPERTS}
+    return dataclasses.replace(found, model=found.model.replace(**own))
 
 
 def initial(config: Config, built: program.Program):
@@ -188,7 +186,7 @@ def run(config: Config, folder, recipe: str) -> dict[str, Tested]:
     config = from_base(config, Path(folder))
     built = build(config, sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="moe", recipe=recipe, recipes=RECIPES)
-    tok = pretrain.run_tokenizer(config, folder)
+    tok = (pretrain if config.base == "random" else bases).run_tokenizer(config, folder)
     train, validation = pretrain.rows(config, tok)
     held_out = test_rows(config, tok)
     state = supervised.fit(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from experiments import moe, pretrain
 from experiments.moe import Upcycling
 from qwen_jax.config import QwenConfig
-from qwen_jax.training import command, metrics, page, throughput, workdir
+from qwen_jax.training import command, metrics, page, pretrained, throughput, workdir
 from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.page import Block, Picture, Table, Text
@@ -100,7 +100,8 @@ def runs(config: Config, base: str) -> dict[str, moe.Config]:
         loop=dataclasses.replace(dense.loop, steps=round(ratio * dense.loop.steps)),
         optimizer=dataclasses.replace(dense.optimizer, decay_steps=round(ratio * dense.optimizer.decay_steps)),
     )
-    return {"upcycled": upcycled, "dense": dense, "scratch": dataclasses.replace(upcycled, base="")}
+    scratch = dataclasses.replace(upcycled, base="random", tokenizer=str(pretrained.tokenizer_path(upcycled.base)))
+    return {"upcycled": upcycled, "dense": dense, "scratch": scratch}
 
 
 class Result(NamedTuple):

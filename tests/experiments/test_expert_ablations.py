@@ -31,8 +31,8 @@ def test_the_three_runs_cost_the_same_and_differ_in_their_start(recipe, base):
     config = upcycle.RECIPES[recipe]()
     made = upcycle.runs(config, str(base))
     upcycled, dense, scratch = (made[name] for name in ("upcycled", "dense", "scratch"))
-    assert scratch == dataclasses.replace(upcycled, base="") and upcycled.base == dense.base == str(base)
-    assert upcycled.tokenizer == str(base) and dense.model.num_experts == 0
+    assert scratch == dataclasses.replace(upcycled, base="random", tokenizer=str(base))
+    assert upcycled.base == dense.base == str(base) and dense.model.num_experts == 0
     assert dense == dataclasses.replace(
         upcycled, model=dense.model, loop=dense.loop, optimizer=dense.optimizer
     )  # the same data, seed and batch
