@@ -37,12 +37,12 @@ class Config:
 
 
 def going_on(run: moe.Config) -> moe.Config:
-    """Returns the run cut to 140 steps, on the text in another order than the base has read it in."""
-    loop = dataclasses.replace(run.loop, steps=140, eval_every=35, checkpoint_every=35)
+    """Returns the run cut to 200 steps, on the text in another order than the base has read it in."""
+    loop = dataclasses.replace(run.loop, steps=200, eval_every=40, checkpoint_every=40)
     return dataclasses.replace(
         run,
         loop=loop,
-        optimizer=dataclasses.replace(run.optimizer, warmup_steps=20, decay_steps=60),
+        optimizer=dataclasses.replace(run.optimizer, warmup_steps=20, decay_steps=80),
         seed=1,
         validation_rows=64,
         samples=NO_SAMPLES,
