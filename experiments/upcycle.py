@@ -7,6 +7,9 @@ Three runs of `experiments.moe` on the same text, by the same rule of the rate, 
 base (Qwen2 report, section 2.2.2; as first published, arXiv:2212.05055, in the recipes of copies), the base itself, and
 the same experts from random parameters. What the base has cost already is not counted: it is there. Without --base one
 is trained first. report.md has the table and the held-out losses over FLOPs.
+
+Expected of `small` (docs/results/upcycle), on test rows: 3.76 nats per token upcycled, 3.71 dense, 4.84 from scratch;
+4.3 minutes on two cores beside the base's 3.
 """
 
 import dataclasses

@@ -8,6 +8,9 @@ many experts as parts. Balance is asked of every row by itself, which is what fr
 or of the whole batch (Qiu et al., arXiv:2501.11873; Qwen3 report, section 2), which the paper finds to let experts
 specialise. The routers' choices on each domain's test split are compared. Those of the models before training stand
 beside them, for a router that has learned nothing tells languages apart, too.
+
+Expected (docs/results/expert_specialisation): information of domain and expert 0.20 of its most by row and 0.60 by
+batch with coarse experts, 0.10 and 0.50 with fine ones, 0.03 and 0.05 before training; 6.6 minutes on two cores.
 """
 
 import dataclasses
