@@ -117,8 +117,10 @@ class Checkpoints:
           InputError: where that save could not be written.
         """
         with self._writing():
-            self._manager.wait_until_finished()
-            self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+            finally:  # or its threads would speak up after all has been said
+                self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self):

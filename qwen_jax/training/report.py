@@ -6,6 +6,7 @@ Made from what the run wrote: config.json, metrics.jsonl, accounts.json, samples
 import pathlib
 from typing import NamedTuple
 
+from qwen_jax.errors import InputError
 from qwen_jax.training import accounts, hosts, metrics, page, samples, workdir
 from qwen_jax.training.page import Block, Code, Picture, Table, Text
 
@@ -29,8 +30,19 @@ class Budget(NamedTuple):
 
 
 def write(folder: str | pathlib.Path, *, title: str, budget: Budget | None = None) -> None:
-    """Writes plots/loss.png, report.md and report.html into a run's folder, on the first process."""
-    hosts.once(lambda: _write(pathlib.Path(folder), title, budget))
+    """Writes plots/loss.png, report.md and report.html into a run's folder, on the first process.
+
+    Raises:
+      InputError: where they cannot be written.
+    """
+
+    def whole():
+        try:
+            _write(pathlib.Path(folder), title, budget)
+        except OSError as error:
+            raise InputError(f"the report in {folder} cannot be written: {error.strerror or error}") from None
+
+    hosts.once(whole)
 
 
 def _write(folder: pathlib.Path, title: str, budget: Budget | None) -> None:

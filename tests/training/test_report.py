@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from qwen_jax.errors import InputError
 from qwen_jax.training import metrics, page, report, samples, workdir
 from qwen_jax.training.accounts import Accounts
 from qwen_jax.training.optimizer import OptimizerConfig
@@ -82,6 +83,14 @@ def test_the_html_needs_no_other_file_and_holds_texts_as_texts(run):
     (source,) = found["sources"]
     picture = base64.b64decode(source.removeprefix("data:image/png;base64,"))
     assert picture == (run / "plots" / "loss.png").read_bytes() and picture[:4] == b"\x89PNG"
+
+
+def test_a_report_that_cannot_be_written_is_one_line(run):
+    (run / "plots" / "loss.png").unlink()
+    (run / "plots").rmdir()
+    (run / "plots").write_text("a file in its place")
+    with pytest.raises(InputError, match="the report in .* cannot be written: File exists"):
+        report.write(run, title="sft a")
 
 
 def test_cells_of_a_markdown_table_are_text(tmp_path):
