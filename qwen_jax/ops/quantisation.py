@@ -72,7 +72,7 @@ def dequantise(codes: jax.Array, scales: jax.Array, dtype) -> jax.Array:
     axis = next(axis for axis, sizes in enumerate(zip(shape, scales.shape, strict=True)) if sizes[0] != sizes[1])
     blocks = scales.shape[axis]
     pairs = codes.reshape(*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
-    values = _nf4_values(jnp.concatenate([pairs & 15, pairs >> 4], axis=axis + 1))
+    values = jnp.array(NF4)[jnp.concatenate([pairs & 15, pairs >> 4], axis=axis + 1)]
     whole = values * jnp.expand_dims(scales, axis + 1)
     return whole.reshape(*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]).astype(dtype)
 
@@ -114,12 +114,3 @@ def dequantise_tree(params: dict, dtype=jnp.float32) -> dict:
     if "codes" in found:
         found["kernel"] = dequantise(found.pop("codes"), found.pop("scales"), dtype)
     return found
-
-
-def _nf4_values(codes: jax.Array) -> jax.Array:
-    """A tree of selections by the code's bits: element by element, so the result lies on the mesh as the codes do."""
-    bits, values = codes.astype(jnp.int32), list(NF4)
-    for place in range(4):
-        odd = (bits >> place) & 1 == 1
-        values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0].astype(jnp.float32)
