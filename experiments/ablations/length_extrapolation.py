@@ -6,6 +6,10 @@ One model is trained at 256 tokens and read at 256 to 8,192 in each way, without
 of 4,000 human chats (data.chitchat), joined: a row is one document across the ends of chats, so that long rows are real
 text with positions from 0, of which the far part says little. Half of the training rows hold pass keys, or a model
 so small could not retrieve at any length. Every length scores the same tokens of the validation text, cut otherwise.
+
+Expected with seed 0 on two CPU cores, 8 minutes: perplexity 74.1 at 256 tokens; at 4,096 plain RoPE 54% above that,
+dynamic NTK 7%, YaRN 5%, DCA 2.3%, with its temperature 1.5%. Of pass keys half the digits are right at 256 tokens, few
+keys whole: too small a model for that part (docs/results/length_extrapolation).
 """
 
 import dataclasses
@@ -52,7 +56,7 @@ class Config:
 
 
 def cpu() -> Config:
-    """0.5M parameters in two layers, trained for 1,000 steps on human chats and pass keys."""
+    """0.5M parameters in two layers, trained for 1,000 steps on human chats and pass keys: two CPU cores, 8 minutes."""
     base = pretrain.small()
     loop = dataclasses.replace(base.loop, steps=1000, eval_every=250, checkpoint_every=250)
     optimizer = dataclasses.replace(base.optimizer, decay_steps=250)

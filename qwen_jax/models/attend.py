@@ -66,7 +66,7 @@ def _over_length(local, axes: tuple[str, ...], parts: int):
     def balanced(q_BTNH, k_BSKH, v_BSKH, *marks):
         q_marks, kv_marks = marks[0::2], marks[1::2]
         gather = lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True)
-        trade = lambda x, axis: _trade_halves(x, axis, axes, parts)
+        trade = lambda x, axis: trade_halves(x, axis, axes, parts)
         q_BTNH = checkpoint_name(trade(q_BTNH, -3), TRADED)
         (q_positions, q_ids), (kv_positions, kv_ids) = (trade(x, 1) for x in q_marks), (gather(x) for x in kv_marks)
         out_BTNH = local(q_BTNH, gather(k_BSKH), gather(v_BSKH), q_positions, kv_positions, q_ids, kv_ids)
@@ -78,7 +78,7 @@ def _over_length(local, axes: tuple[str, ...], parts: int):
     return jax.checkpoint(balanced, policy=policy, prevent_cse=False)
 
 
-def _trade_halves(x: jax.Array, axis: int, axes: tuple[str, ...], parts: int) -> jax.Array:
+def trade_halves(x: jax.Array, axis: int, axes: tuple[str, ...], parts: int) -> jax.Array:
     """Gives the second half of x along `axis` for that of the mirrored device; done twice, it is undone."""
     size = x.shape[axis]
     own, given = jnp.split(x, [size - size // 2], axis=axis)
