@@ -6,7 +6,7 @@ On 8 virtual CPU devices; the attention of one layer, float32, 8 query and 2 kv 
 1024, 128 of them local. One JSON object for each number of parts and kind of attention:
   block pairs: pairs of blocks that the device with most of them computes over their mean, and the same if each device
     kept the queries it has (`models.attend` trades halves of them).
-  temporary MB: of one device's compiled forward and backward, and of the program on one device.
+  MB of a device: arguments, outputs and temporaries of the compiled forward and backward, and of it on one device.
   MB sent: output bytes of each kind of collective in that program, a device.
 """
 
@@ -66,6 +66,13 @@ def program(length: int, parts: int, stride: int | None):
     return jax.jit(run, out_shardings=(where[3], tuple(where[:3]))).lower(*structs).compile()
 
 
+def held(compiled) -> dict[str, float]:
+    """Returns MB of what one device holds: arguments and outputs, and what is between them."""
+    sizes = compiled.memory_analysis()
+    ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    return {"arguments and outputs": round(ends / 1e6, 1), "temporary": round(sizes.temp_size_in_bytes / 1e6, 1)}
+
+
 def sent(text: str) -> dict[str, float]:
     """Returns MB of what each kind of collective in a compiled program puts out."""
     found = collections.Counter()
@@ -82,14 +89,13 @@ def main():
     parser.add_argument("--parts", type=int, nargs="*", default=[2, 4, 8])
     flags = parser.parse_args()
     for name, stride in (("plain", None), ("dual chunk", STRIDE)):
-        memory = lambda compiled: round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)
-        alone = memory(program(flags.length, 1, stride))
+        alone = held(program(flags.length, 1, stride))
         for parts in flags.parts:
             compiled = program(flags.length, parts, stride)
             balance = {how: round(pairs(flags.length, parts, stride, traded=how == "traded"), 3)
                        for how in ("traded", "kept")}  # fmt: skip
             figures = {"length": flags.length, "attention": name, "parts": parts, "block pairs, most/mean": balance}
-            figures |= {"temporary MB": memory(compiled), "on one device": alone, "MB sent": sent(compiled.as_text())}
+            figures |= {"MB of a device": held(compiled), "of one alone": alone, "MB sent": sent(compiled.as_text())}
             print(json.dumps(figures), flush=True)
 
 
