@@ -3,10 +3,14 @@
 `reference` forms all T x S logits. It defines what the others must return and serves lengths too small for blocks.
 `blockwise` (ops.blockwise) needs memory linear in length and skips blocks that nobody may see; it runs everywhere.
 `tpu` (ops.kernels.flash_tpu) is the same as Pallas kernels where the program is compiled for a TPU, and `blockwise`
-where it is not. A kernel cannot be split over a mesh by the compiler: on more than one device call it in `shard_map`.
-`auto` takes the reference where both lengths are at most SMALL; `tpu` inside a `shard_map` over all axes of the mesh,
-from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes and the place of the call only, never at the
-devices of this process: what is compiled ahead of time for another machine is what that machine would have compiled.
+where it is not. `gpu` (ops.kernels.flash_gpu) likewise for NVIDIA GPUs, by Triton, in 16-bit types with heads whose
+size is a power of two; anything else is `blockwise`. (cuDNN, which `jax.nn.dot_product_attention` offers there, takes
+causality from indices and packed rows as a T x T mask: not for positions known at run time, nor for dual chunks.)
+A kernel cannot be split over a mesh by the compiler: on more than one device call it in `shard_map`.
+`auto` takes the reference where both lengths are at most SMALL; the platform's kernel inside a `shard_map` over all
+axes of the mesh, from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes, types and the place of the call only,
+never at the devices of this process: what is compiled ahead of time for another machine is what that machine would have
+compiled.
 
 Dual chunk attention (`ops.dual_chunk`) is the same with three rotations of each query, by any back end.
 
@@ -23,9 +27,10 @@ from jax.ad_checkpoint import checkpoint_name
 from qwen_jax.errors import InputError
 from qwen_jax.ops import blockwise, dual_chunk
 from qwen_jax.ops.blockwise import NEG_INF, Marks, Spec
-from qwen_jax.ops.kernels import flash_tpu
+from qwen_jax.ops.kernels import flash_gpu, flash_tpu
 
-BACKENDS = ("auto", "reference", "blockwise", "tpu")
+BACKENDS = ("auto", "reference", "blockwise", "tpu", "gpu")
+KERNELS = {"tpu": flash_tpu, "cuda": flash_gpu}
 RESIDUALS = "attention"  # checkpoint name of out and logsumexp: a remat policy that saves it spares a second forward
 # Measured on XLA:CPU, float32, 8 query and 2 kv heads of 64: up to 64 x 64 the reference is the faster one with its
 # gradient (2.2 against 2.5 ms at 64), from 128 on blocks win (7 times at 512).
@@ -95,7 +100,10 @@ def attention(
     arrays = (q_BTNH, k_BSKH, v_BSKH, *marks)
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
     arrays = [jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying") for x in arrays]
-    return _in_blocks(*arrays[:3], Marks(*arrays[3:]), spec, backend == "tpu")
+    platforms = {"tpu": ("tpu",), "gpu": ("cuda",), "kernels": ("tpu", "cuda")}.get(backend, ())
+    if not flash_gpu.takes(q_BTNH.shape[-1], q_BTNH.dtype):
+        platforms = tuple(name for name in platforms if name != "cuda")
+    return _in_blocks(*arrays[:3], Marks(*arrays[3:]), spec, platforms)
 
 
 def _check_chunks(q_ABTNH, stride, causal, block_sizes) -> None:
@@ -121,35 +129,35 @@ def _size_within_chunks(stride: int, length: int, most: int) -> int:
 def _choose(T: int, S: int) -> str:
     if max(T, S) <= SMALL:
         return "reference"
-    return "tpu" if T >= KERNEL_LENGTH and jax.sharding.get_abstract_mesh().are_all_axes_manual else "blockwise"
+    return "kernels" if T >= KERNEL_LENGTH and jax.sharding.get_abstract_mesh().are_all_axes_manual else "blockwise"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _in_blocks(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec, kernel: bool):
-    return _dispatch("forward", spec, kernel, q_BTNH, k_BSKH, v_BSKH, marks)
+def _in_blocks(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec, platforms: tuple[str, ...]):
+    return _dispatch("forward", spec, platforms, q_BTNH, k_BSKH, v_BSKH, marks)
 
 
-def _in_blocks_forward(q_BTNH, k_BSKH, v_BSKH, marks, spec, kernel):
-    out_BTNH, logsumexp_BTN = _dispatch("forward", spec, kernel, q_BTNH, k_BSKH, v_BSKH, marks)
+def _in_blocks_forward(q_BTNH, k_BSKH, v_BSKH, marks, spec, platforms):
+    out_BTNH, logsumexp_BTN = _dispatch("forward", spec, platforms, q_BTNH, k_BSKH, v_BSKH, marks)
     outputs = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(logsumexp_BTN, RESIDUALS)
     return outputs, (q_BTNH, k_BSKH, v_BSKH, *outputs, marks)
 
 
-def _in_blocks_backward(spec, kernel, residuals, cotangents):
+def _in_blocks_backward(spec, platforms, residuals, cotangents):
     *arrays, marks = residuals
-    return *_dispatch("backward", spec, kernel, *arrays, *cotangents, marks), None
+    return *_dispatch("backward", spec, platforms, *arrays, *cotangents, marks), None
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _dispatch(direction: str, spec: Spec, kernel: bool, *arguments):
+def _dispatch(direction: str, spec: Spec, platforms: tuple[str, ...], *arguments):
     """Chosen inside the custom gradient, so that all platforms share one set of residuals."""
     anywhere = functools.partial(getattr(blockwise, direction), spec=spec)
-    if not kernel:
+    if not platforms:
         return anywhere(*arguments)
-    on_tpu = functools.partial(getattr(flash_tpu, direction), spec=spec)
-    return jax.lax.platform_dependent(*arguments, tpu=on_tpu, default=anywhere)
+    kernels = {name: functools.partial(getattr(KERNELS[name], direction), spec=spec) for name in platforms}
+    return jax.lax.platform_dependent(*arguments, **kernels, default=anywhere)
 
 
 def visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, *, causal: bool) -> jax.Array:

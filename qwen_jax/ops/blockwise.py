@@ -248,9 +248,8 @@ def seen(queries: Blocks, keys: Blocks, causal: bool):
 
 def clear(queries: Blocks, keys: Blocks, causal: bool):
     """Returns [I, J, B] bool: True only where every query of the one block may see every key of the other."""
-    (q_low_IB, q_high_IB), (k_low_JB, k_high_JB) = (
-        (x.segment_ids.min(axis=-1), x.segment_ids.max(axis=-1)) for x in (queries, keys)
-    )
+    q_low_IB, k_low_JB = (x.segment_ids.min(axis=-1) for x in (queries, keys))
+    q_high_IB, k_high_JB = (x.segment_ids.max(axis=-1) for x in (queries, keys))
     one_I1B, one_1JB = ((q_low_IB == q_high_IB) & (q_low_IB != 0))[:, None], (k_low_JB == k_high_JB)[None]
     clear_IJB = one_I1B & one_1JB & (q_low_IB[:, None] == k_low_JB[None])
     if causal:
@@ -278,8 +277,7 @@ def bounds(seen_IJB, axis: int | tuple[int, int]):
 
 def first_run(clear_IJB, axis: int):
     """Returns the index along `axis` of the first True and of the next False, int32; (size, size) without any True."""
-    index = jax.lax.broadcasted_iota(jnp.int32, clear_IJB.shape, axis)
-    size = clear_IJB.shape[axis]
+    index, size = jax.lax.broadcasted_iota(jnp.int32, clear_IJB.shape, axis), clear_IJB.shape[axis]
     first = jnp.where(clear_IJB, index, size).min(axis=axis, keepdims=True)
     after = jnp.where(~clear_IJB & (index > first), index, size).min(axis=axis)
     return first.squeeze(axis), after

@@ -48,7 +48,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, marks: Marks, spec: Spec, *, interpret: bool
     """
     q_ABTNH = blockwise.by_kind(q_BTNH, spec)
     (B, T, N, H), K = q_ABTNH.shape[1:], k_BSKH.shape[2]
-    P, C = _block_sizes(q_ABTNH, k_BSKH, spec)
+    P, C = _block_sizes(T, k_BSKH.shape[1], N // K, spec)
     tiles, of_queries, _ = _tile(marks, spec._replace(block_q=P, block_k=C), N // K)
     inputs = [(QUERIES, _fold(q_ABTNH, P, K)), (KEYS, _fold(k_BSKH, C, K)), (KEYS, _fold(v_BSKH, C, K)), *tiles]
     I, R = inputs[0][1].shape[3:5]
@@ -71,7 +71,7 @@ def backward(
     """Returns the gradients of q, k and v from the outputs of `forward` and the cotangents of both."""
     q_ABTNH = blockwise.by_kind(q_BTNH, spec)
     (T, N), (S, K) = q_ABTNH.shape[2:4], k_BSKH.shape[1:3]
-    P, C = _block_sizes(q_ABTNH, k_BSKH, spec)
+    P, C = _block_sizes(T, S, N // K, spec)
     tiles, of_queries, of_keys = _tile(marks, spec._replace(block_q=P, block_k=C), N // K)
     shift_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH, axis=-1) - d_logsumexp_BTN
     stats = [jnp.swapaxes(_fold(x[..., None], P, K), -2, -1) for x in (logsumexp_BTN, shift_BTN)]
@@ -241,18 +241,16 @@ def _call(kernel, outer: str, of_outer: Walk, inputs, outputs, scratch, interpre
     )(*of_outer, *(x for _, x in inputs))
 
 
-def _block_sizes(q_ABTNH, k_BSKH, spec: Spec) -> tuple[int, int]:
+def _block_sizes(T: int, S: int, G: int, spec: Spec) -> tuple[int, int]:
     """Positions of a query block and of a key block: multiples of LANES, which divide the stride where they can."""
-    G = q_ABTNH.shape[3] // k_BSKH.shape[2]
 
     def size(most: int, length: int) -> int:
         lanes = max(most // LANES, 1)
         if spec.stride is not None:
-            whole = next((n for n in range(lanes, lanes // 2, -1) if spec.stride % (n * LANES) == 0), lanes)
-            lanes = max(whole, 1)
+            lanes = next((n for n in range(lanes, lanes // 2, -1) if spec.stride % (n * LANES) == 0), lanes)
         return min(lanes, -(-length // LANES)) * LANES
 
-    return size(ROWS // G, q_ABTNH.shape[2]), size(BLOCK_K, k_BSKH.shape[1])
+    return size(ROWS // G, T), size(BLOCK_K, S)
 
 
 def _tile(marks: Marks, spec: Spec, G: int):
@@ -298,3 +296,19 @@ def _unfold(x_ABKIRX, T: int, size: int):
     A, B, K, I, R, X = x_ABKIRX.shape
     x_ABIPKGX = jnp.transpose(x_ABKIRX.reshape(A, B, K, I, R // size, size, X), (0, 1, 3, 5, 2, 4, 6))
     return x_ABIPKGX.reshape(A, B, I * size, R // size * K, X)[:, :, :T]
+
+
+def visited(marks: Marks, spec: Spec, G: int) -> tuple[jax.Array, int, int]:
+    """What the kernels compute, which no compiler reports: for benchmarks.
+
+    Args:
+      marks, spec: as in `forward`.
+      G: query heads per kv head.
+
+    Returns:
+      pairs of blocks that one kv head visits, summed over kinds and batch; pairs there are; logits in one pair.
+    """
+    (B, T), S = marks.q_positions_BT.shape, marks.kv_positions_BS.shape[1]
+    P, C = _block_sizes(T, S, G, spec)
+    _, (first, last, *_), _ = _tile(marks, spec._replace(block_q=P, block_k=C), G)
+    return jnp.sum(jnp.maximum(last - first, 0)), B * -(-T // P) * -(-S // C), G * P * C
