@@ -8,9 +8,9 @@ size is a power of two; anything else is `blockwise`. (cuDNN, which `jax.nn.dot_
 causality from indices and packed rows as a T x T mask: not for positions known at run time, nor for dual chunks.)
 A kernel cannot be split over a mesh by the compiler: on more than one device call it in `shard_map`.
 `auto` takes the reference where both lengths are at most SMALL; the platform's kernel inside a `shard_map` over all
-axes of the mesh, from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes, types and the place of the call only,
-never at the devices of this process: what is compiled ahead of time for another machine is what that machine would have
-compiled.
+axes of the mesh, from KERNEL_LENGTH queries on; else `blockwise`. It looks at shapes, types and the place of the call
+only, never at the devices of this process: what is compiled ahead of time for another machine is what that machine
+would have compiled.
 
 Dual chunk attention (`ops.dual_chunk`) is the same with three rotations of each query, by any back end.
 
