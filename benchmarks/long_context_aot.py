@@ -1,6 +1,6 @@
 """qwen2.5-7b-1m compiled ahead of time for TPU slices: prefill of 1,048,576 tokens, a training step of 262,144 tokens.
 
-    python -m benchmarks.long_context_aot --out docs/results/long_context_aot/report.json
+    python -m benchmarks.long_context_aot --slices v5p:2x2x4 --out docs/results/long_context_aot/v5p.json
 
 Needs `libtpu` (the extra `tpu`), no TPU. A program that does not fit a chip's memory does not compile: the compiler's
 own words are then the result. The sequence is one row, split over the axis fsdp like the parameters; heads over tensor.
