@@ -16,6 +16,7 @@ from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full")
+HEADS = ("vocabulary", "score")
 REACH = {"yarn": Yarn, "dual_chunk": DualChunk, "v1_lengths": V1Lengths}  # fields that are dataclasses themselves
 # The matrices of a layer; of how many axes their inputs are.
 LINEARS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
@@ -49,6 +50,7 @@ class QwenConfig:
     qkv_bias: bool = True  # Qwen, Qwen1.5, Qwen2, Qwen2.5; Qwen3 has none
     qk_norm: bool = False  # Qwen3: RMSNorm over head_dim on q and k, before RoPE
     initializer_range: float = 0.02
+    head: str = "vocabulary"  # or "score": a reward model's, one number for each position
     # How it reads further than it was trained to; at most one of them.
     yarn: Yarn = Yarn()
     dual_chunk: DualChunk = DualChunk()
@@ -88,7 +90,9 @@ class QwenConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"QwenConfig.head_dim is {self.head_dim}; RoPE rotates pairs, expected an even number")
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
+        for name, allowed in (
+            ("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT), ("head", HEADS),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise InputError(f"QwenConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         for name, kind in REACH.items():
@@ -139,7 +143,7 @@ class QwenConfig:
         """Counts parameters from the shapes.
 
         Returns:
-          "total"; "non_embedding" (without the embedding and an untied head, as the reports count); "active" and
+          "total"; "non_embedding" (without the embedding and the head, as the reports count); "active" and
           "active_non_embedding" (without the experts that a token does not go to: the same for a dense model).
         """
         D, H = self.hidden_size, self.head_dim
@@ -153,7 +157,8 @@ class QwenConfig:
         dense = (self.num_hidden_layers - sparse) * 3 * D * self.intermediate_size
         non_embedding = self.num_hidden_layers * (attention + 2 * D) + dense + D
         non_embedding += sparse * (others + self.num_experts * expert)
-        total = non_embedding + self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        head = D if self.head == "score" else self.vocab_size * D * (not self.tie_word_embeddings)
+        total = non_embedding + self.vocab_size * D + head
         idle = sparse * (self.num_experts - self.num_experts_per_tok) * expert
         return {
             "total": total,

@@ -34,6 +34,7 @@ FOREIGN = (
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+SCORE = "score.weight"  # of a reward model: saved whole
 MODULES = {"embedding": ("embed_tokens", "wte"), "head": ("lm_head",)}  # ours: theirs
 
 
@@ -80,6 +81,9 @@ def load_adapter(path: str | os.PathLike, config: QwenConfig) -> Adapter:
             leaves[entry.path] = np.stack([_read(folder, held[name], entry, sizes) for name in names])
             used |= set(names)
     rows, ids, read = _rows(folder, fields, held, config)
+    if SCORE in held and config.head == "score":
+        leaves["score"] = held[SCORE].read((slice(None), slice(None)))
+        read.add(SCORE)
     spare = sorted(held.keys() - used - read)
     if spare or not leaves:
         raise InputError(
@@ -88,7 +92,7 @@ def load_adapter(path: str | os.PathLike, config: QwenConfig) -> Adapter:
     tree = layouts.nested(leaves) | ({"rows": rows} if rows else {})
     lora = LoraConfig(
         rank=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
-        targets=tuple({path.split("/")[-2] for path in leaves}), rslora=fields.get("use_rslora", False),
+        targets=tuple({path.split("/")[-2] for path in leaves if "/" in path}), rslora=fields.get("use_rslora", False),
         dora=fields.get("use_dora", False), row_ids=ids,
     )  # fmt: skip
     _check(folder, tree, models.lora.abstract(config, lora))
@@ -120,6 +124,8 @@ def save_adapter(path: str | os.PathLike, config: QwenConfig, adapter: Adapter, 
         if f"rows/{ours}" in leaves:
             place = f"{'model.' if ours == 'embedding' else ''}{theirs}"
             tensors[f"{PREFIX}{place}.token_adapter.trainable_tokens_delta"] = on_host(leaves[f"rows/{ours}"])
+    if "score" in leaves:
+        tensors[PREFIX + SCORE] = on_host(leaves["score"])
     if jax.process_index() == 0:
         _write(pathlib.Path(path), _fields(config, adapter, base), tensors)
     if jax.process_count() > 1:
@@ -141,12 +147,13 @@ def _write(folder: pathlib.Path, fields: dict, tensors: dict[str, np.ndarray]) -
 
 
 def _fields(config: QwenConfig, adapter: Adapter, base: str) -> dict:
-    lora, ids = adapter.lora, list(adapter.lora.row_ids)
+    lora, ids, scored = adapter.lora, list(adapter.lora.row_ids), config.head == "score"
     fields = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none",
         "target_modules": _modules(config, adapter), "use_rslora": lora.rslora, "use_dora": lora.dora,
-        "fan_in_fan_out": False, "modules_to_save": None,
+        "fan_in_fan_out": False, "modules_to_save": ["score"] if scored else None,
     }  # fmt: skip
     if ids and config.tie_word_embeddings:
         fields["trainable_token_indices"] = ids

@@ -77,6 +77,8 @@ def _adding(adapter: adapters.Adapter):
             whole = kept.astype(np.float32)
             whole[list(adapter.lora.row_ids)] = leaves[f"rows/{entry.path}"]
             return whole
+        if entry.path == "score":
+            return np.asarray(leaves["score"]) if "score" in leaves else kept
         path = entry.path.removesuffix("/kernel")
         parts = {name: leaves[f"{path}/{name}"][place] for name in lora.ADAPTER if f"{path}/{name}" in leaves}
         if not parts or path == entry.path:

@@ -64,6 +64,7 @@ class Entry(NamedTuple):
 QWEN2 = (  # Qwen1.5, Qwen2, Qwen2.5 (bias on q, k, v) and Qwen3 (q_norm, k_norm): each model has a part of the rows
     Entry("embedding", "model.embed_tokens.weight", "V,D->VD"),
     Entry("head", "lm_head.weight", "V,D->VD"),
+    Entry("score", "score.weight", "J,D->JD"),  # of a reward model, which has no lm_head
     Entry("final_norm/scale", "model.norm.weight", "D->D"),
     Entry("layers/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D->D"),
     Entry("layers/attention/q/kernel", "model.layers.{}.self_attn.q_proj.weight", "NH,D->DNH"),

@@ -38,8 +38,17 @@ class Item(NamedTuple):
     bytes: int
 
 
-def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    path: str | os.PathLike,
+    config: QwenConfig,
+    params: dict,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    pad_token_id: int | None = None,
+) -> None:
     """Writes config.json and safetensors, in the qwen2 or qwen3 layout, or theirs with experts.
+
+    A reward model (config.head "score") becomes one that transformers loads as a sequence classifier with one label.
 
     The folder appears whole or not at all. A checkpoint that is there already is replaced in the last step; until then
     nothing of it is touched. Its files of other kinds (tokenizer, generation settings) are kept. The host holds one
@@ -50,6 +59,7 @@ def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_byt
       config: the model.
       params: its parameters, all of one dtype, which is the files' dtype.
       shard_bytes: of tensors in one file at most; above it several files and an index are written.
+      pad_token_id: written to config.json: transformers reads a padded batch's scores before this token.
 
     Raises:
       InputError: where `params` is not the tree of `config`, the target is no checkpoint, or the model has no published
@@ -61,7 +71,8 @@ def save(path: str | os.PathLike, config: QwenConfig, params: dict, *, shard_byt
     def fetch(entry: Entry, place: tuple[int, ...]) -> np.ndarray:
         return on_host(leaves[entry.path][place] if place else leaves[entry.path])
 
-    write(pathlib.Path(path), config, dtype, fetch, shard_bytes, primary=jax.process_index() == 0)
+    fields = settings.write(config, dtype) | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
+    write(pathlib.Path(path), config, dtype, fetch, shard_bytes, fields=fields, primary=jax.process_index() == 0)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("qwen_jax.hf.save")  # nobody goes on before the folder is there
 
@@ -73,7 +84,7 @@ def write(
     fetch: Callable[[Entry, tuple[int, ...]], np.ndarray],
     shard_bytes: int,
     *,
-    fields: dict | None = None,
+    fields: dict,
     companions: tuple[pathlib.Path, ...] = (),
     drop: tuple[str, ...] = (),
     primary: bool = True,
@@ -86,7 +97,7 @@ def write(
       dtype: of what is written.
       fetch: (row, place of its leading axes) -> that part of the parameter in our other axes, in that dtype.
       shard_bytes: as in `save`.
-      fields: config.json, with the model_type of a layout in `layouts.TABLES`; made from `config` if None.
+      fields: config.json, with the model_type of a layout in `layouts.TABLES`.
       companions: files to copy beside the weights.
       drop: names of files that do not stay in a folder that is replaced.
       primary: whether this process writes; the others only take part in the fetching.
@@ -96,7 +107,6 @@ def write(
     """
     if shard_bytes < 1:
         raise InputError(f"shard_bytes is {shard_bytes}; expected at least 1")
-    fields = fields or settings.write(config, dtype)
     shards = _shards(_items(config, fields["model_type"], dtype), shard_bytes)
     if not primary:
         for item in (item for shard in shards for item in shard):

@@ -18,6 +18,7 @@ WHOLE = (
     "max_position_embeddings",
 )  # fmt: skip
 
+SCORED = "ForSequenceClassification"  # how transformers calls a reward model; with one label
 EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -90,6 +91,7 @@ def read(folder: pathlib.Path) -> tuple[QwenConfig, str]:
         raise fields.refused(f"model_type is {model_type!r}; expected one of {', '.join(TABLES)}")
     _refuse_unsupported(fields, model_type)
     shape = _qwen(fields) if model_type == "qwen" else _qwen2_or_3(fields, model_type)
+    shape["head"] = _head(fields)
     try:
         return QwenConfig(**shape), model_type
     except InputError as error:
@@ -130,6 +132,16 @@ def _qwen2_or_3(fields: Fields, model_type: str) -> dict:
         **reach.dual_chunk(fields),
         **(_experts(fields, model_type) if model_type.endswith("_moe") else {}),
     }
+
+
+def _head(fields: Fields) -> str:
+    names = fields.get("architectures", [])
+    if not isinstance(names, list) or not any(str(name).endswith(SCORED) for name in names):
+        return "vocabulary"
+    labels = fields.get("num_labels", len(fields.get("id2label", "??")))  # transformers' default is two
+    if labels != 1:
+        raise fields.refused(f"{names[0]} has {labels} labels; only a reward model's, which is 1, is supported")
+    return "score"
 
 
 def _experts(fields: Fields, model_type: str) -> dict:
@@ -183,7 +195,7 @@ def write(config: QwenConfig, dtype: str) -> dict:
     kind = "Qwen3" if config.qk_norm else "Qwen2"
     moe = _written_experts(config, kind) if config.num_experts else {}
     return {
-        "architectures": [f"{kind}{'Moe' * bool(moe)}ForCausalLM"],
+        "architectures": [f"{kind}{'Moe' * bool(moe)}{SCORED if config.head == 'score' else 'ForCausalLM'}"],
         "model_type": kind.lower() + "_moe" * bool(moe),
         **{name: getattr(config, name) for name in WHOLE},
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -199,6 +211,7 @@ def write(config: QwenConfig, dtype: str) -> dict:
         "use_sliding_window": False,
         "use_cache": True,
         "torch_dtype": dtype,
+        **(dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}) if config.head == "score" else {}),
         **moe,
     }
 

@@ -11,6 +11,7 @@ from qwen_jax.models.functional import (
     log_probs,
     log_probs_and_routing,
     logits,
+    scores,
     sequence_log_probs,
 )
 from qwen_jax.models.fused import fuse, fused_axes
@@ -31,6 +32,7 @@ __all__ = [
     "log_probs_and_routing",
     "logits",
     "lora",
+    "scores",
     "sequence_log_probs",
     "upcycle",
 ]

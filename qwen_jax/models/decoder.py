@@ -206,8 +206,10 @@ class Decoder(nn.Module):
         c, init = self.config, nn.initializers.normal(self.config.initializer_range)
         shape_VD = (c.vocab_size, c.hidden_size)
         embedding_VD = declare(self, "embedding", init, shape_VD, ("vocab_in", "embed"), c)
-        if not c.tie_word_embeddings and not self.fused:
-            declare(self, "head", init, shape_VD, ("vocab", "embed"), c)  # its product is the caller's: see `head`
+        if c.head == "score":  # a head's product is the caller's: see `head` and `score_head`
+            declare(self, "score", init, (1, c.hidden_size), (None, "embed"), c)
+        elif not c.tie_word_embeddings and not self.fused:
+            declare(self, "head", init, shape_VD, ("vocab", "embed"), c)
 
         if prompt_lengths_BT is None:
             prompt_lengths_BT = segments.lengths(positions_BT, segment_ids_BT)
@@ -263,12 +265,29 @@ def head(config: QwenConfig, params, layout: Layout = ONE_DEVICE) -> jax.Array:
 
     The embedding is stored whole along its rows (see `Rules.vocab_in`); as a head its rows are split like those of a
     head of its own, where the mesh divides them: otherwise every device would compute every logit.
+
+    Raises:
+      InputError: where the model is a reward model, which has none.
     """
+    if config.head != "vocabulary":
+        raise InputError('the model has a score head in the place of the vocabulary\'s (config.head is "score"): it '
+                         "gives scores and no log-probabilities")  # fmt: skip
     if not config.tie_word_embeddings:
         return params["head"]
     if config.vocab_size % layout.size("vocab"):
         return params["embedding"]
     return constrain(params["embedding"], ("vocab", "embed"), layout)
+
+
+def score_head(config: QwenConfig, params) -> jax.Array:
+    """Returns the head of a reward model, [1, D].
+
+    Raises:
+      InputError: where the model is none.
+    """
+    if config.head != "score":
+        raise InputError('the model has no score head (config.head is "vocabulary"); expected a reward model')
+    return params["score"]
 
 
 def _check_room(tokens_BT: jax.Array, cache: KVCache | None) -> None:

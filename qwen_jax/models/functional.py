@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from qwen_jax import sharding
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
-from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head, head_rows
+from qwen_jax.models.decoder import ONE_DEVICE, Decoder, head, head_rows, score_head
 from qwen_jax.ops import segments
 from qwen_jax.ops.cross_entropy import token_log_probs
 from qwen_jax.ops.dropout import Dropout
@@ -220,3 +220,33 @@ def sequence_log_probs(
         positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout,
     )  # fmt: skip  # all T, so that a length split over the mesh stays even
     return every[:, :-1]
+
+
+@_compiled
+def scores(
+    config: QwenConfig,
+    params: dict,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    prompt_lengths: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Returns what a reward model thinks of the text up to each token, [B, T] float32; arguments as in `forward`.
+
+    The score of an answer is the one at its last token, `<|im_end|>` (Qwen report, arXiv:2309.16609, section 3.2.1).
+    It depends on nothing but the tokens of its document: not on padding, on other documents of its row, or on other
+    rows. The head's product is in float32 whatever config.dtype is: small differences decide.
+
+    Raises:
+      InputError: where the model has no score head; also as `forward`.
+    """
+    head_1D = score_head(config, params)
+    hidden_BTD = hidden_states(
+        config, params, tokens, positions_BT=positions, segment_ids_BT=segment_ids, prompt_lengths_BT=prompt_lengths,
+        layout=layout, dropout=dropout,
+    )  # fmt: skip
+    f32 = lambda x: x.astype(jnp.float32)
+    return jnp.einsum("BTD,JD->BTJ", f32(hidden_BTD), f32(head_1D))[..., 0]

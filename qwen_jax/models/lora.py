@@ -26,14 +26,14 @@ def init(config: QwenConfig, lora: LoraConfig, key: jax.Array, params: dict) -> 
     """Returns the adapters of step 0, float32, with which the model computes what it did without them.
 
     A is uniform within 1 / sqrt(inputs), as in peft; B is 0. DoRA's magnitudes are the kernels' lengths; rows of the
-    vocabulary are the model's own. Routed experts have none: in a layer with experts gate, up and down are those of the
-    shared one.
+    vocabulary and the head of a reward model, which is trained whole, are the model's own. Routed experts have none: in
+    a layer with experts gate, up and down are those of the shared one.
 
     Args:
       config: the model.
       lora: with a rank.
       key: of A.
-      params: of the model; read only for DoRA and for rows.
+      params: of the model; read only for DoRA, for rows and for a score head.
 
     Raises:
       InputError: where a target is nowhere in the model.
@@ -42,6 +42,8 @@ def init(config: QwenConfig, lora: LoraConfig, key: jax.Array, params: dict) -> 
     if lora.row_ids:
         ids = jnp.array(lora.row_ids)
         adapters["rows"] = {name: params[name][ids].astype(jnp.float32) for name in _tables(config)}
+    if config.head == "score":
+        adapters["score"] = params["score"].astype(jnp.float32)
     return adapters
 
 
@@ -93,6 +95,8 @@ def axes(config: QwenConfig, lora: LoraConfig) -> dict:
     found = _of_targets(params_axes(config), lora, of_kernel)
     if lora.row_ids:
         found["rows"] = dict.fromkeys(_tables(config), (None, "embed"))
+    if config.head == "score":
+        found["score"] = (None, "embed")
     return found
 
 
@@ -144,4 +148,4 @@ def merge(params: dict, adapters: dict, lora: LoraConfig) -> dict:
 
 
 def _tables(config: QwenConfig) -> tuple[str, ...]:
-    return ("embedding",) if config.tie_word_embeddings else ("embedding", "head")
+    return ("embedding",) if config.tie_word_embeddings or config.head == "score" else ("embedding", "head")

@@ -6,7 +6,8 @@ stacked, layers first) has
 
     a [*S, *in, R], b [*S, R, *out]    and for DoRA    magnitude [*S, *out],
 
-and trained rows of the vocabulary are {"rows": {"embedding": [n, D], "head": [n, D]}} ("head" where it is untied).
+and trained rows of the vocabulary are {"rows": {"embedding": [n, D], "head": [n, D]}} ("head" where it is untied). A
+reward model's {"score": [1, D]} takes the place of the parameter.
 `join` puts them where a model's layers find them; `merge` turns the joined tree into plain parameters.
 """
 

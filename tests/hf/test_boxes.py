@@ -7,7 +7,7 @@ import pytest
 
 from qwen_jax.hf import boxes, layouts
 
-SIZES = dict(V=10, D=6, N=4, K=2, H=8, F=70, P=3)
+SIZES = dict(J=1, V=10, D=6, N=4, K=2, H=8, F=70, P=3)
 ENTRIES = {f"{kind}:{e.path}": e for kind in ("qwen2", "qwen") for e in layouts.TABLES[kind]}
 AXES = {e.axes + str(e.part): e for e in ENTRIES.values()}  # each way of turning once
 
