@@ -2,7 +2,7 @@
 
 All are NamedTuples, so they are JAX pytrees without this file (or a data worker that imports it) loading JAX.
 
-Shapes: B batch, T sequence length.
+Shapes: B batch, T sequence length, A answers that a row has room for.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,35 @@ class LMBatch(NamedTuple):
     loss_mask: Array
     segment_ids: Array
     positions: Array
+
+
+class PreferenceBatch(NamedTuple):
+    """Packed rows of answers that people compared. All answers to one prompt stand in one row, each with its prompt.
+
+    Answer a of a row is its segment a + 1.
+
+    Attributes:
+      tokens, targets, loss_mask, segment_ids, positions: [B, T] as in LMBatch; what is learned is the answers.
+      ends: [B, A] int32, place in the row of the answer's last token, `<|im_end|>`; 0 where there is no answer.
+      groups: [B, A] int32, 1, 2, ... number the prompts of a row; 0 where there is no answer.
+      values: [B, A] float32, what people think of the answer; only those of one group are comparable.
+      reference: [B, A] float32, log-probability of the answer under a reference model; 0 where nobody asked for it.
+    """
+
+    tokens: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    ends: Array
+    groups: Array
+    values: Array
+    reference: Array
+
+    @classmethod
+    def axes(cls) -> "PreferenceBatch":
+        """Returns the logical axes of each array: the answers of a row are not split."""
+        return cls(*[("batch", "length")] * 5, *[("batch", None)] * 4)
 
 
 class Loss(NamedTuple):

@@ -7,7 +7,8 @@ import importlib
 
 _MODULES = (
     "baseline", "buckets", "chitchat", "conversations", "datasets", "files", "formats", "inspecting", "loader",
-    "made_up", "packages", "packing", "prompts", "sources", "texts", "token_cache", "tokenising", "turns",
+    "made_up", "packages", "packing", "preferences", "prompts", "ratings", "sources", "texts", "token_cache",
+    "tokenising", "turns",
 )  # fmt: skip
 
 

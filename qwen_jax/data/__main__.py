@@ -6,6 +6,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import tyro
 
 from qwen_jax import tokenizer
@@ -69,7 +70,7 @@ class Inspect:
         if self.plot:
             lengths.plot(self.plot)
             print(f"lengths drawn in {self.plot}")
-        _show(documents, tok, self.examples, rendering.pairs)
+        _show(documents, tok, self.examples, np.concatenate([some.documents.compared for some in made]))
         if self.strict:
             datasets.refuse_bad(accounts)
 
@@ -119,18 +120,24 @@ def _pairs(found: Sequence[sources.Source]) -> bool:
         for part in source.parts:
             for _, record in part.records():
                 try:
-                    return formats.is_pair(formats.parsed(record))
+                    record = formats.parsed(record)
+                    return formats.is_pair(record) or formats.is_list(record)
                 except formats.BadRecord:
                     continue
     return False
 
 
-def _show(documents: Joined, tok: tokenizer.Tokenizer, count: int, pairs: bool) -> None:
+def _show(documents: Joined, tok: tokenizer.Tokenizer, count: int, compared: Sequence[int]) -> None:
+    """Prints the first documents, or (where answers are compared) all answers to the first prompts."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for place in range(min(count * (1 + pairs), len(documents))):
-        half = ("", " (chosen)", " (rejected)")[pairs + place % 2 if pairs else 0]
-        print(f"--- {'pair' if pairs else 'document'} {place // 2 if pairs else place}{half}")
-        print(inspecting.rendered(documents[place], tok, colour=colour))
+    place = number = 0
+    while number < count and place < len(documents):
+        together = int(compared[place])
+        for answer in range(together):
+            half = {1: "", 2: (" (chosen)", " (rejected)")[answer % 2]}.get(together, f" (answer {answer})")
+            print(f"--- {'document' if together == 1 else 'pair' if together == 2 else 'list'} {number}{half}")
+            print(inspecting.rendered(documents[place + answer], tok, colour=colour))
+        place, number = place + together, number + 1
 
 
 if __name__ == "__main__":

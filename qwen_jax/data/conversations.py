@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from qwen_jax.data.formats import Conversation, Pair
+from qwen_jax.data.formats import Comparison, Conversation
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, chat
 from qwen_jax.tokenizer.templates import Message
@@ -109,50 +109,58 @@ def _render(messages: Sequence[Message], *, tok: Tokenizer, **how) -> Document:
     return Document(np.asarray(ids, np.int32), np.asarray(mask, bool))
 
 
-def pair_documents(
-    pairs: Iterable[Pair],
+def answer_documents(
+    comparisons: Iterable[Comparison],
     tok: Tokenizer,
     *,
     generation: str,
     max_length: int | None = None,
     too_long: Literal["drop", "error"] = "error",
 ) -> Documents:
-    """Renders preference pairs: prompt and answer, of which the answer and its end are to be learned.
+    """Renders comparisons: each answer behind its prompt, to its `<|im_end|>`; what is learned is the answer with that.
 
     Args:
-      pairs: the pairs.
+      comparisons: the comparisons.
       tok: the tokenizer.
       generation: whose chat format, as in `tokenizer.chat.render`.
-      max_length: the most tokens that prompt and answer may have together; None is no limit.
-      too_long: what becomes of a longer pair: "drop" leaves both halves out, "error" refuses it. None is ever cut: an
+      max_length: the most tokens that a prompt and an answer may have together; None is no limit.
+      too_long: what becomes of a comparison with more: "drop" leaves it out, "error" refuses it. None is ever cut: an
         answer without its end, or to half a question, is not what people judged.
 
     Returns:
-      Documents, in which the chosen one of pair i is number 2i and the rejected one 2i + 1; dropped_long counts both.
+      Documents, those of a comparison in the order of its answers; dropped_long counts each answer.
 
     Raises:
-      InputError: a pair cannot be rendered, or is too long and `too_long` is "error".
+      InputError: a comparison cannot be rendered, or is too long and `too_long` is "error".
     """
     if too_long not in ("drop", "error"):
         raise InputError(f"too_long is {too_long!r}; for a pair it can be drop, error")
     kept, dropped, lost_tokens = [], 0, 0
-    for number, pair in enumerate(pairs):
-        render = functools.partial(_render, tok=tok, generation=generation, loss="last-turn", tools=pair.tools)
+    for number, (prompt, answers, _, tools) in enumerate(comparisons):
+        render = functools.partial(_render, tok=tok, generation=generation, loss="last-turn", tools=tools)
         try:
-            halves = [render([*pair.prompt, answer]) for answer in (pair.chosen, pair.rejected)]
+            made = [_to_its_end(render([*prompt, answer])) for answer in answers]
         except InputError as error:
             raise InputError(f"pair {number}: {error}") from None
-        longest = max(len(half.ids) for half in halves)
-        if max_length is None or longest <= max_length:
-            kept += halves
+        longest = max(made, key=lambda document: len(document.ids))
+        if max_length is None or len(longest.ids) <= max_length:
+            kept += made
         elif too_long == "drop":
-            dropped, lost_tokens = dropped + 2, lost_tokens + sum(len(half.ids) for half in halves)
+            dropped, lost_tokens = dropped + len(made), lost_tokens + sum(len(document.ids) for document in made)
         else:
+            asked = len(longest.ids) - int(longest.loss_mask.sum())
             raise LongerThanLimit(
-                f"pair {number} has {longest} tokens, the limit is {max_length}: "
-                "raise the limit, or choose too_long='drop'"
+                f"pair {number} has {len(longest.ids)} tokens, {asked} of them the prompt's, "
+                f"the limit is {max_length}: "
+                "raise the limit, or choose too_long='drop'; an answer is never cut"
             )
     return Documents(kept, 0, 0, dropped, 0, lost_tokens)
+
+
+def _to_its_end(document: Document) -> Document:
+    """The document without the newline behind the last `<|im_end|>`: a score is read at its last token."""
+    end = int(np.flatnonzero(document.loss_mask)[-1]) + 1
+    return Document(document.ids[:end], document.loss_mask[:end])
 
 
 def _split(

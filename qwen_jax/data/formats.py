@@ -6,6 +6,7 @@ one of a few words, so that many of them can be counted.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,22 @@ class Pair(NamedTuple):
     chosen: Message
     rejected: Message
     margin: float | None = None
+    tools: list[dict] | None = None
+
+
+class Comparison(NamedTuple):
+    """A prompt and several answers to it, and what people think of each.
+
+    Attributes:
+      prompt: the messages before the answer.
+      answers: an assistant's message each, at least two.
+      values: one for each answer, the higher is the better: scores, or only their order.
+      tools: as in Conversation.
+    """
+
+    prompt: list[Message]
+    answers: list[Message]
+    values: list[float]
     tools: list[dict] | None = None
 
 
@@ -74,12 +91,12 @@ def detect(record: Record) -> str:
         return "messages"
     if "instruction" in fields:
         return "alpaca"
-    if is_pair(fields):
+    if is_pair(fields) or is_list(fields):
         return "messages"
     raise BadRecord(
         "unknown format",
         f"its fields are {', '.join(map(str, fields)) or 'none'}; expected messages (OpenAI), conversations (ShareGPT, "
-        "Qwen), instruction and output (Alpaca), or prompt, chosen and rejected",
+        "Qwen), instruction and output (Alpaca), prompt, chosen and rejected, or prompt and answers",
     )
 
 
@@ -95,6 +112,11 @@ def is_pair(record: Record) -> bool:
     return isinstance(record, Mapping) and record.get("chosen") is not None and record.get("rejected") is not None
 
 
+def is_list(record: Record) -> bool:
+    """Whether a record holds answers in an order, or with scores."""
+    return isinstance(record, Mapping) and record.get("answers") is not None
+
+
 def conversation(record: Record, format: str) -> Conversation:
     """Returns the conversation of a record.
 
@@ -105,8 +127,8 @@ def conversation(record: Record, format: str) -> Conversation:
     Raises:
       BadRecord: it does not hold a conversation in that format, or nobody answers in it.
     """
-    if is_pair(record):
-        raise BadRecord("a pair", "it has chosen and rejected answers; expected a conversation")
+    if is_pair(record) or is_list(record):
+        raise BadRecord("a pair", "it has several answers to one prompt; expected a conversation")
     messages, tools = _read(record, format)
     if not messages:
         raise BadRecord("no messages", "the list of messages is empty")
@@ -149,6 +171,58 @@ def pair(record: Record, format: str) -> Pair:
     return Pair(_with_system(prompt, record), answers[0][0], answers[1][0], _margin(record), tools)
 
 
+def comparison(record: Record, format: str) -> Comparison:
+    """Returns the comparison of a record: a pair, or a list of answers.
+
+    A pair is read as `pair` says; its values are the margin (1 where the record has none) and 0. A list is the field
+    answers, texts or messages, from the best to the worst, or in any order with the field scores.
+
+    Args:
+      record: an object.
+      format: one of NAMES: how its prompt is written.
+
+    Raises:
+      BadRecord: as `pair`; a pair's margin is not above 0; a list has fewer than two answers, equal ones, or equal
+        scores.
+    """
+    if is_list(record):
+        return _list(record, format)
+    prompt, chosen, rejected, margin, tools = pair(record, format)
+    if margin is not None and not 0 < margin < math.inf:
+        raise BadRecord(
+            "wrong margin", f"the margin is {margin}; expected a number above 0: which answer is the better?"
+        )
+    return Comparison(prompt, [chosen, rejected], [1.0 if margin is None else margin, 0.0], tools)
+
+
+def _list(record: Mapping, format: str) -> Comparison:
+    prompt, tools = _read(record, format)
+    prompt = _with_system(prompt, record) if prompt else prompt
+    if not any(message["role"] == "user" for message in prompt):
+        raise BadRecord("no prompt", f"its fields are {_names(record)}; expected what the answers reply to")
+    given, scores = record["answers"], record.get("scores")
+    if not isinstance(given, list) or len(given) < 2:
+        count = len(given) if isinstance(given, list) else type(given).__name__
+        raise BadRecord("one answer", f"answers has {count}; expected a list of at least two")
+    answers = [_answer(answer, f"answers[{place}]") for place, answer in enumerate(given)]
+    if wrong := [place for place, said in enumerate(answers) if [turn["role"] for turn in said] != ["assistant"]]:
+        raise BadRecord("wrong answer", f"answers[{wrong[0]}] is not one assistant's message")
+    said = [answer["content"] for (answer,) in answers]
+    if len(set(said)) < len(said):
+        raise BadRecord("equal answers", "two of the answers are the same; expected answers that differ")
+    if scores is None:
+        scores = range(len(answers), 0, -1)
+    elif not isinstance(scores, list) or len(scores) != len(answers) or not all(map(_is_number, scores)):
+        raise BadRecord("wrong type", f"scores has to be a list of {len(answers)} numbers, one for each answer")
+    if len(set(scores)) < len(answers):
+        raise BadRecord("ties", "two answers have the same score; expected an order without ties")
+    return Comparison(prompt, [answer for (answer,) in answers], [float(score) for score in scores], tools)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def content_hash(messages: Sequence[Message]) -> str:
     """Hash of what is said, blind to case, blanks and punctuation, so that copies with small touches agree."""
     turns = (" ".join(re.findall(r"\w+", (message.get("content") or "").casefold())) for message in messages)
@@ -177,7 +251,7 @@ def _with_system(messages: list[Message], record: Record) -> list[Message]:
 
 
 def _read_messages(fields: Mapping) -> list[Message]:
-    if not is_pair(fields):
+    if not is_pair(fields) and not is_list(fields):
         return read_turns(fields.get("messages"), "messages", "role", "content")
     prompt = fields["messages"] if fields.get("messages") is not None else fields.get("prompt")
     if prompt is None:
@@ -212,7 +286,7 @@ def _read_alpaca(fields: Mapping) -> list[Message]:
         messages.append(read_message("assistant", answer, f"history[{place}][1]"))
     question = [read_text(fields.get(name) or "", name).strip("\n") for name in ("instruction", "input")]
     messages.append(read_message("user", "\n".join(filter(None, question)), "instruction"))
-    if not is_pair(fields):
+    if not is_pair(fields) and not is_list(fields):
         if fields.get("output") is None:
             raise BadRecord("missing field", f"its fields are {_names(fields)}; expected output among them")
         messages.append(read_message("assistant", fields["output"], "output"))

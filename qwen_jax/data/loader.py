@@ -9,13 +9,15 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from qwen_jax.batches import LMBatch
-from qwen_jax.data.packing import MixedRows, empty_row
+from qwen_jax.batches import LMBatch, PreferenceBatch
+from qwen_jax.data.packing import MixedRows
 from qwen_jax.errors import InputError
+
+Row = LMBatch | PreferenceBatch
 
 
 def batches(
-    rows: Sequence[LMBatch],
+    rows: Sequence[Row],
     *,
     batch_size: int,
     seed: int,
@@ -31,14 +33,14 @@ def batches(
     Each epoch goes over every row once, in a new order. With `repeat`, epochs follow each other without a gap: a batch
     may hold the end of one and the start of the next. Of MixedRows, each part has epochs of its own, and its share of
     all rows is by weight at any time. Without, there is one epoch, and the last batch is filled up with
-    empty rows (segment 0, loss_mask 0), so that shapes stay the same.
+    empty rows (all 0), so that shapes stay the same.
 
     The state, `iterator.get_state()`, is the dict `{"next_index": n}`, n an int: how many batches were taken. It is
     JSON as it stands, and holds on any number of processes that divides the batch. `iterator.set_state(state)` goes
     there without reading what lies before. Close an iterator that is given up early (`iterator.close()`).
 
     Args:
-      rows: a random-access sequence of LMBatch rows, arrays [T]; read by several threads.
+      rows: a random-access sequence of rows, LMBatch or PreferenceBatch, of arrays without B; read by several threads.
       batch_size: B, rows in a batch over all processes.
       seed: any non-negative integer; seeds near each other give unrelated orders.
       shuffle: if False, rows come in their own order, the same in each epoch.
@@ -49,7 +51,7 @@ def batches(
       prefetch: batches kept ready.
 
     Returns:
-      An iterator of LMBatch, numpy arrays [B / process_count, T].
+      An iterator of batches of the rows' kind, numpy arrays [B / process_count, ...].
 
     Raises:
       InputError: no rows, or sizes that do not fit each other.
@@ -67,7 +69,7 @@ def batches(
     return iter(numbers.batch(batch_size).map(reader).to_iter_dataset(options))
 
 
-def _numbers(rows: Sequence[LMBatch], seed: int | None, repeat: bool) -> grain.MapDataset:
+def _numbers(rows: Sequence[Row], seed: int | None, repeat: bool) -> grain.MapDataset:
     """The order of the rows. Only their numbers go through grain, so that a process touches no row but its own."""
     parts = rows.parts if repeat and isinstance(rows, MixedRows) else [rows]
     orders, start = [], 0
@@ -89,7 +91,7 @@ def order_seed(seed: int, place: int) -> int:
 
 
 def evaluation(
-    rows: Sequence[LMBatch], *, batch_size: int, process_index: int = 0, process_count: int = 1
+    rows: Sequence[Row], *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """One pass over the rows in their own order; the last batch is filled up with empty rows. See `batches`."""
     return batches(
@@ -106,11 +108,12 @@ def evaluation(
 class _Reader:
     """Row numbers of a batch -> this process's share of it, stacked."""
 
-    def __init__(self, rows: Sequence[LMBatch], start: int, stop: int):
+    def __init__(self, rows: Sequence[Row], start: int, stop: int):
         self._rows, self._start, self._stop = rows, start, stop
-        self._padding = empty_row(len(rows[0].tokens))
+        self._kind = type(rows[0])
+        self._padding = self._kind(*map(np.zeros_like, rows[0]))  # segment 0, loss_mask 0, no answers
 
-    def __call__(self, numbers: np.ndarray) -> LMBatch:
+    def __call__(self, numbers: np.ndarray) -> Row:
         mine = [self._rows[i] for i in numbers[self._start : self._stop].tolist()]
         mine += [self._padding] * (self._stop - self._start - len(mine))
-        return LMBatch(*(np.stack(arrays) for arrays in zip(*mine, strict=True)))
+        return self._kind(*(np.stack(arrays) for arrays in zip(*mine, strict=True)))

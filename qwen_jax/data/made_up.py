@@ -1,4 +1,7 @@
-"""Chats that this file makes up: sums asked and answered. For smoke runs and tests, which must not need a network."""
+"""Chats and pairs that this file makes up: sums asked, answered, answered wrong.
+
+For smoke runs and tests, which must not need a network.
+"""
 
 import numpy as np
 
@@ -32,3 +35,16 @@ def _chat(number: int) -> list[dict[str, str]]:
         messages.append({"role": "user", "content": f"What is {a} {word} {b + turn}?"})
         messages.append({"role": "assistant", "content": f"{a} {word} {b + turn} is {answer}."})
     return messages
+
+
+def pairs(split: str) -> list[dict]:
+    """Returns pairs for `formats.comparison`: the first question of each chat, its answer, and a wrong one.
+
+    Raises:
+      InputError: as `load`.
+    """
+    chats = [chat[:2] for chat in load(split)]
+    return [
+        {"prompt": question["content"], "chosen": answer["content"], "rejected": answer["content"][:-1] + "5, or so."}
+        for question, answer in chats
+    ]

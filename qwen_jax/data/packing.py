@@ -204,11 +204,6 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def empty_row(length: int) -> LMBatch:
-    """A row of padding: segment 0 and loss_mask 0 throughout, shapes [T]."""
-    return row((), length)
-
-
 def row(pieces: Iterable[tuple[np.ndarray, np.ndarray, int]], length: int) -> LMBatch:
     """Lays pieces (ids, mask, count) side by side: `count` tokens each, and what follows them as the last's target."""
     row = LMBatch(*(np.zeros(length, np.float32 if name == "loss_mask" else np.int32) for name in LMBatch._fields))

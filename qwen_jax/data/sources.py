@@ -3,6 +3,7 @@
 A data set is one source or several, separated by commas, each with a weight after a colon or none:
 
     chitchat                              a name of NAMES
+    ratings-films   ratings-tweets-8      rated sentences of a domain of `data.ratings`, as pairs or as lists of 8
     chats.jsonl.gz   chats/   gs://b/c/*.parquet   files of records (`data.files`), in a format of `data.formats`
     my_chats   my_chats/config:1.0.0      a TFDS data set, its records in such a format
     a.jsonl:0.7,b.parquet:0.3             a mixture: seven rows of the first to three of the second, for ever
@@ -18,6 +19,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,10 +28,12 @@ import numpy as np
 from qwen_jax.data import files, formats, packages
 from qwen_jax.errors import InputError
 
-NAMES = ("chitchat", "made-up", "chinese-reviews", "python-code")
+CHATS = ("chitchat", "made-up", "chinese-reviews", "python-code")
+NAMES = (*CHATS, "made-up-pairs", "ratings-DOMAIN")
+_RATINGS = re.compile(r"ratings-([a-z]+)(?:-([2-9]|1[0-6]))?")
 HELD_OUT = 5  # percent
 _SPLITS = {"train": range(HELD_OUT, 100), "validation": range(HELD_OUT)}
-_LISTS = ("messages", "conversations", "chosen", "rejected", "prompt", "tools", "history")
+_LISTS = ("messages", "conversations", "chosen", "rejected", "prompt", "tools", "history", "answers")
 
 
 class Part(Protocol):
@@ -115,13 +119,13 @@ def load(dataset: str, split: str, *, hold_out: bool = True) -> Sequence[list[di
     Raises:
       InputError: as `find`; also, while it is read, on the first record that is no conversation.
     """
-    if dataset in NAMES:
+    if dataset in CHATS:
         return _known(dataset, split)
     return _conversations(find(dataset, split, hold_out=hold_out))
 
 
-def _known(name: str, split: str) -> Sequence[list[dict]]:
-    """The conversations of one of NAMES."""
+def _known(name: str, split: str) -> Sequence:
+    """The conversations of one of CHATS, or the records of what is compared."""
     if name == "chitchat":
         from qwen_jax.data import chitchat
 
@@ -130,6 +134,14 @@ def _known(name: str, split: str) -> Sequence[list[dict]]:
         from qwen_jax.data import made_up
 
         return made_up.load(split)
+    if name == "made-up-pairs":
+        from qwen_jax.data import made_up
+
+        return made_up.pairs(split)
+    if match := _RATINGS.fullmatch(name):
+        from qwen_jax.data import ratings
+
+        return ratings.lists(match[1], split, size=int(match[2] or 2))
     from qwen_jax.data import texts
 
     return texts.load(name, split)
@@ -163,7 +175,7 @@ def _source(name: str, split: str, hold_out: bool) -> Source:
         from qwen_jax.data import chitchat
 
         return Source(name, (Examples.of(chitchat.build(), split),))
-    if name in NAMES:
+    if name in (*CHATS, "made-up-pairs") or _RATINGS.fullmatch(name):
         return Source(name, (Listed(f"{name} {split}", _known(name, split)),))
     if files.looks_like_path(name):
         return Source(name, tuple(files.find(name)), percents=_percents(name, split, hold_out))

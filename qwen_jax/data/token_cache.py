@@ -27,8 +27,8 @@ from qwen_jax.data.tokenising import Piece, Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
 
-_DTYPES = {"ids": np.int32, "loss_mask": bool, "lengths": np.int64, "percents": np.uint8, "margins": np.float32}
-_DTYPES |= {"domains": np.uint16}
+_DTYPES = {"ids": np.int32, "loss_mask": bool, "lengths": np.int64, "percents": np.uint8, "domains": np.uint16}
+_DTYPES |= {"values": np.float32, "compared": np.int32}
 MOST_DOMAINS = 32  # in a file: what has more values tells no domains, but addresses, say
 _ABOUT = "about.json"
 
@@ -73,7 +73,8 @@ class StoredDocuments(Sequence):
 
     Attributes:
       lengths: [n] int64, tokens of each document.
-      margins: [n] float32, of preference pairs; else NaN.
+      values: [n] float32, what people think of an answer, of `formats.Comparison`; else NaN.
+      compared: [n] int32, how many answers to its prompt stand together; else 1.
       domain_names: what its records say that they are of (`formats.domain`), "" among them.
       domains: [n] uint16, which of these.
     """
@@ -82,7 +83,7 @@ class StoredDocuments(Sequence):
         self._ids = [_mapped(folder, "ids") for folder in folders]
         self._loss_mask = [_mapped(folder, "loss_mask") for folder in folders]
         chosen = [_chosen(folder, place, percents) for place, folder in enumerate(folders)]
-        self.lengths, self.margins, self._starts, self._folder_of = (
+        self.lengths, self.values, self.compared, self._starts, self._folder_of = (
             np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for arrays in zip(*chosen, strict=True)
         )
         numbered: dict[str, int] = {}
@@ -260,11 +261,12 @@ def _mapped(folder: pathlib.Path, name: str) -> np.ndarray:
 
 
 def _chosen(folder: pathlib.Path, place: int, percents: range) -> tuple[np.ndarray, ...]:
-    """Lengths, margins, starts and the place of the folder, of its documents in these hash classes."""
-    lengths, margins, classes = (np.fromfile(folder / n, _DTYPES[n]) for n in ("lengths", "margins", "percents"))
+    """Lengths, values, numbers compared, starts and the place of the folder, of its documents in these hash classes."""
+    names = ("lengths", "values", "compared", "percents")
+    lengths, values, compared, classes = (np.fromfile(folder / name, _DTYPES[name]) for name in names)
     mine = (classes >= percents.start) & (classes < percents.stop)
     starts = np.cumsum(lengths) - lengths
-    return lengths[mine], margins[mine], starts[mine], np.full(np.count_nonzero(mine), place)
+    return lengths[mine], values[mine], compared[mine], starts[mine], np.full(np.count_nonzero(mine), place)
 
 
 def _fingerprint(tok: Tokenizer) -> str:

@@ -35,9 +35,9 @@ class Rendering:
       generation: whose chat format, as in `tokenizer.chat.render`.
       loss: which tokens are learned, as there.
       max_length: the most tokens of a document; None is no limit.
-      too_long: what becomes of a longer one, as in `conversations.chat_documents` or `pair_documents`.
+      too_long: what becomes of a longer one, as in `conversations.chat_documents` or `answer_documents`.
       format: one of `formats.NAMES`, or "auto": that of the file's first record that has one.
-      pairs: the records are preference pairs; loss is of no matter then.
+      pairs: the records are pairs or lists of answers (`formats.comparison`); loss is of no matter then.
     """
 
     generation: str = "qwen2"
@@ -66,8 +66,8 @@ class Piece(NamedTuple):
     Attributes:
       part: which part the block is of.
       format: in which format the records are; None while none was recognised.
-      arrays: ids [m] int32, loss_mask [m] bool, lengths [n] int64, percents [n] uint8, margins [n] float32 (of a pair;
-        else NaN).
+      arrays: ids [m] int32, loss_mask [m] bool, lengths [n] int64, percents [n] uint8; of answers that are compared
+        also values [n] float32 and compared [n] int32, how many answers their prompt has; else NaN and 1.
       domains: names that the array domains [n] uint16 numbers, in the order in which they came up.
       counts: of records, and of what was cut or left out.
       bad: of bad records by kind.
@@ -91,7 +91,7 @@ def check(tok: Tokenizer, rendering: Rendering) -> None:
     """
     limits = dict(generation=rendering.generation, max_length=rendering.max_length, too_long=rendering.too_long)
     if rendering.pairs:
-        conversations.pair_documents([], tok, **limits)
+        conversations.answer_documents([], tok, **limits)
     else:
         conversations.chat_documents([], tok, **limits)
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -178,11 +178,11 @@ def _piece(block: Block) -> Piece:
 def piece(block: Block, tok: Tokenizer, rendering: Rendering) -> Piece:
     """Tokenises one block; a record that cannot be used is counted and told, and nothing is raised."""
     counts, bad, shown = collections.Counter(records=len(block.records)), collections.Counter(), []
-    documents, percents, margins = [], [], []
+    documents, percents, values, compared = [], [], [], []
     domains, domain_of = {}, []
     for number, record in block.records:
         try:
-            made, percent, margin = _made(record, block.format, tok, rendering)
+            made, percent, worth = _made(record, block.format, tok, rendering)
         except formats.BadRecord as error:
             bad[error.kind] += 1
             if len(shown) < SHOWN:
@@ -192,38 +192,40 @@ def piece(block: Block, tok: Tokenizer, rendering: Rendering) -> Piece:
         documents += made.documents
         domain_of += [domains.setdefault(formats.domain(formats.parsed(record)), len(domains))] * len(made.documents)
         percents += [percent] * len(made.documents)
-        margins += [margin] * len(made.documents)
+        if made.documents:
+            values += worth or [np.nan] * len(made.documents)
+            compared += [len(worth) or 1] * len(made.documents)
     arrays = {
         "ids": _joined([document.ids for document in documents], np.int32),
         "loss_mask": _joined([document.loss_mask for document in documents], bool),
         "lengths": np.array([len(document.ids) for document in documents], np.int64),
         "percents": np.array(percents, np.uint8),
-        "margins": np.array(margins, np.float32),
+        "values": np.array(values, np.float32),
+        "compared": np.array(compared, np.int32),
         "domains": np.array(domain_of, np.uint16),
     }
     return Piece(block.part, block.format, arrays, list(domains), dict(counts), dict(bad), shown)
 
 
 def _made(record: Any, format: str | None, tok: Tokenizer, rendering: Rendering):
-    """A record's documents, its hash class, and the margin if it is a pair."""
+    """A record's documents, its hash class, and what people think of each if they are answers to one prompt."""
     record = formats.parsed(record)
     format = format or formats.detect(record)
     limits = dict(generation=rendering.generation, max_length=rendering.max_length, too_long=rendering.too_long)
     try:
         if rendering.pairs:
-            pair = formats.pair(record, format)
-            # Both halves, and all pairs of one prompt, belong to one split.
-            said, margin = pair.prompt, np.nan if pair.margin is None else pair.margin
-            made = conversations.pair_documents([pair], tok, **limits)
+            comparison = formats.comparison(record, format)
+            said, worth = comparison.prompt, comparison.values  # all answers to one prompt belong to one split
+            made = conversations.answer_documents([comparison], tok, **limits)
         else:
             conversation = formats.conversation(record, format)
-            said, margin = conversation.messages, np.nan
+            said, worth = conversation.messages, []
             made = conversations.chat_documents([conversation], tok, loss=rendering.loss, **limits)
     except InputError as error:
         detail = str(error).removeprefix("pair 0").removeprefix("conversation 0").lstrip(": ")
         kind = "too long" if isinstance(error, conversations.LongerThanLimit) else "not renderable"
         raise formats.BadRecord(kind, detail) from None
-    return made, formats.percent_of(formats.content_hash(said)), margin
+    return made, formats.percent_of(formats.content_hash(said)), worth
 
 
 def _joined(arrays: list[np.ndarray], dtype) -> np.ndarray:

@@ -55,19 +55,21 @@ def mean_over(weights: jax.Array | None):
     return lambda x: jnp.sum(jnp.where(weights > 0, x, 0.0) * weights) / divisor
 
 
-def pairs(values_BA: jax.Array, groups_BA: jax.Array, *, per_group: bool = False) -> jax.Array:
+def pairs(values_BA: jax.Array, groups_BA: jax.Array, *, least: float = 0.0, per_group: bool = False) -> jax.Array:
     """Returns which answers of a row are compared: all K (K - 1) / 2 pairs of each list of K.
 
     Args:
       values_BA: [B, A] float32, what people think of each answer: the higher is preferred, equal ones are no pair.
       groups_BA: [B, A] int32, which prompt of the row it answers, from 1; 0 is no answer.
+      least: values that differ by less are no preference.
       per_group: a prompt's pairs weigh 1 together, as in InstructGPT (arXiv:2203.02155, equation 1); else 1 each.
 
     Returns:
       [B, A, A] float32: the weight of the pair in which the first is preferred to the second, 0 where it is no pair.
     """
     same_BAA = (groups_BA[:, :, None] == groups_BA[:, None, :]) & (groups_BA[:, :, None] > 0)
-    weights_BAA = (same_BAA & (values_BA[:, :, None] > values_BA[:, None, :])).astype(jnp.float32)
+    lead_BAA = values_BA[:, :, None] - values_BA[:, None, :]
+    weights_BAA = (same_BAA & (lead_BAA > 0) & (lead_BAA >= least)).astype(jnp.float32)
     if not per_group:
         return weights_BAA
     of_answer_BA = jnp.sum(weights_BAA, axis=2)

@@ -74,6 +74,7 @@ def build(
     microbatches: int = 1,
     eval_loss_fn: LossFn | None = None,
     frozen: Sequence[tuple[Any, Any]] = (),
+    batch_axes: Any = None,
 ) -> Program:
     """Puts a model's initialiser, a loss and an optimizer together on a mesh.
 
@@ -82,11 +83,12 @@ def build(
       param_axes: tree of logical axis names, one tuple for each parameter.
       loss_fn: (params, batch, key) -> Loss, with the keyword frozen=(trees of arrays) where there are any.
       tx: the optimizer.
-      batch: pytree of anything with shape [B, T, ...] and dtype, one global batch.
+      batch: pytree of anything with shape [B, ...] and dtype, one global batch; [B, T, ...] its first array.
       layout: mesh and rules.
       microbatches: gradient accumulation, see `train_step`.
       eval_loss_fn: the loss for evaluation (without dropout, say); loss_fn if None.
       frozen: (shapes, logical axes) of each tree that is read and not trained.
+      batch_axes: tree of logical axis names, one tuple for each array of the batch; if None, all are [B, T, ...].
 
     Raises:
       InputError: where the mesh does not divide a parameter or the batch, or microbatches do not.
@@ -96,7 +98,7 @@ def build(
     )
     frozen_shardings = _shardings(frozen)
     state, state_shardings = _abstract_state(init_params, param_axes, tx, layout, frozen)
-    batch = _abstract_batch(batch, layout, microbatches)
+    batch = _abstract_batch(batch, batch_axes, layout, microbatches)
     batch_shardings = _shardings(batch)
     whole = sharding.replicated(layout)
     make = lambda key, *frozen: create(init_params(key, *frozen), key, tx)
@@ -154,8 +156,8 @@ def _abstract_state(init_params, param_axes, tx, layout, frozen):
     return jax.tree.map(_struct, shapes, shardings), shardings
 
 
-def _abstract_batch(batch, layout: Layout, microbatches: int):
-    """Returns the batch as structs: rows over the batch axes, positions over the length axes."""
+def _abstract_batch(batch, axes, layout: Layout, microbatches: int):
+    """Returns the batch as structs: rows over the batch axes, positions over the length axes unless `axes` differ."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if microbatches < 1 or rows % microbatches or not rows:
         raise InputError(f"batch_size {rows} cannot be cut into {microbatches} microbatches; expected a multiple")
@@ -166,11 +168,11 @@ def _abstract_batch(batch, layout: Layout, microbatches: int):
             f"{', '.join(layout.rules.batch)}; expected a multiple of {layout.size('batch')}"
         )
 
-    def leaf(struct):
-        names = ("batch", "length", *(None,) * (len(struct.shape) - 2))
-        return _struct(struct, layout.sharding(names, struct.shape, what="batch"))
-
-    return jax.tree.map(leaf, batch)
+    if axes is None:
+        axes = jax.tree.map(lambda struct: ("batch", "length", *(None,) * (len(struct.shape) - 2)), batch)
+    return jax.tree.map(
+        lambda struct, names: _struct(struct, layout.sharding(names, struct.shape, what="batch")), batch, axes
+    )
 
 
 def _struct(struct, where) -> jax.ShapeDtypeStruct:

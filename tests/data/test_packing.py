@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.data import packing
 from qwen_jax.data.conversations import Document
-from qwen_jax.data.packing import PackedRows, StreamRows, best_fit, empty_row
+from qwen_jax.data.packing import PackedRows, StreamRows, best_fit
 from qwen_jax.errors import InputError
 
 from . import made_up
@@ -105,7 +106,7 @@ def test_rows_have_the_types_of_an_lm_batch():
     for row in (
         PackedRows(made_up.documents([4, 3]), 8)[0],
         StreamRows(made_up.documents([9]), 8, seed=0)[-1],
-        empty_row(8),
+        packing.row((), 8),
     ):
         assert [a.dtype for a in row] == [np.int32, np.int32, np.float32, np.int32, np.int32]
         assert {a.shape for a in row} == {(8,)}

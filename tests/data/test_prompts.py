@@ -47,7 +47,7 @@ def test_domains_take_turns_and_long_prompts_are_passed_over():
     assert [prompt.domain for prompt in prompts.from_rows(parts, 9, longest=99)] == ["a", "b", "a", "a"]
     assert [prompt.domain for prompt in prompts.from_rows(parts, 9, longest=256)] == ["a", "b", "a", "b", "a"]
     assert [prompt.domain for prompt in prompts.from_rows(parts, 3, longest=99)] == ["a", "b", "a"]
-    assert prompts.from_rows({"c": [packing.empty_row(8)]}, 3, longest=99) == []
+    assert prompts.from_rows({"c": [packing.row((), 8)]}, 3, longest=99) == []
 
 
 def test_the_longest_run_of_learned_tokens_is_found():

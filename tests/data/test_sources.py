@@ -92,12 +92,12 @@ def test_mixtures_have_weights(tmp_path):
         (
             "",
             "train",
-            "no data set is named; expected chitchat, made-up, chinese-reviews, python-code, files, or a TFDS",
+            "no data set is named; expected chitchat, made-up, chinese-reviews, python-code, made-up-pairs, ratings",
         ),
         (
             "chit",
             "train",
-            "no data set is called 'chit': it is none of chitchat, made-up, chinese-reviews, python-code, no file",
+            "no data set is called 'chit': it is none of chitchat, made-up, chinese-reviews, python-code, made-up-pairs, r",
         ),
         ("lost.jsonl", "train", "lost.jsonl: there is no such file or folder"),
         ("made-up:0.5,made-up", "train", "only some of its sources have a weight"),

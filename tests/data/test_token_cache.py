@@ -192,13 +192,14 @@ def test_the_counts_of_a_limit_are_told(folder):
 
 
 def test_pairs_are_stored_half_by_half_with_their_margins(folder):
-    records = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad" * 40, "margin": n} for n in range(4)]
+    records = [{"prompt": f"q{n}", "chosen": "good", "rejected": "bad" * 40, "margin": n + 1} for n in range(4)]
     (folder.parent / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     (found,) = cached("a.jsonl", folder, pairs=True)
     said = [TOK.decode(document.ids[document.loss_mask]) for document in found.documents]
     assert said == ["good<|im_end|>", "bad" * 40 + "<|im_end|>"] * 4
-    assert TOK.decode(found.documents[7].ids).endswith("user\nq3<|im_end|>\n<|im_start|>assistant\n" + said[7] + "\n")
-    assert found.documents.margins.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert TOK.decode(found.documents[7].ids).endswith("user\nq3<|im_end|>\n<|im_start|>assistant\n" + said[7])
+    assert found.documents.values.tolist() == [1, 0, 2, 0, 3, 0, 4, 0]
+    assert found.documents.compared.tolist() == [2] * 8
     (found,) = cached("a.jsonl", folder, pairs=True, max_length=60, too_long="drop")
     assert len(found.documents) == 0 and found.accounts[0].counts["dropped_long"] == 8  # never half a pair
 

@@ -67,17 +67,17 @@ def lists(seed=0):
     return values, groups
 
 
-@pytest.mark.parametrize("per_group", [False, True])
-def test_all_pairs_of_each_list_are_compared_and_no_others(per_group):
+@pytest.mark.parametrize("per_group, least", [(False, 0.0), (True, 0.0), (True, 2.0)])
+def test_all_pairs_of_each_list_are_compared_and_no_others(per_group, least):
     values, groups = lists()
     expected = np.zeros((3, 7, 7))
     for b in range(3):
         for group in range(1, 4):
-            found = [(i, j) for i in range(7) for j in range(7)
-                     if groups[b, i] == groups[b, j] == group and values[b, i] > values[b, j]]  # fmt: skip
+            mine, apart = np.flatnonzero(groups[b] == group), max(least, 1)
+            found = [(i, j) for i in mine for j in mine if values[b, i] - values[b, j] >= apart]
             for i, j in found:
                 expected[b, i, j] = 1 / len(found) if per_group else 1
-    found = reward.pairs(jnp.asarray(values), jnp.asarray(groups), per_group=per_group)
+    found = reward.pairs(jnp.asarray(values), jnp.asarray(groups), per_group=per_group, least=least)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -84,7 +84,7 @@ def greedy(params, ids):
 def test_without_a_prompt_there_is_no_sampler(rows):
     layout = Layout()
     assert samples.sampler(MODEL, TOK, rows, config=SamplesConfig(prompts=0), layout=layout) is None
-    assert samples.sampler(MODEL, TOK, {"": [packing.empty_row(8)]}, config=CONFIG, layout=layout) is None
+    assert samples.sampler(MODEL, TOK, {"": [packing.row((), 8)]}, config=CONFIG, layout=layout) is None
     full = SamplesConfig(max_new_tokens=MODEL.max_position_embeddings)  # no room for a prompt before it
     assert samples.sampler(MODEL, TOK, rows, config=full, layout=layout) is None
     with pytest.raises(InputError, match="samples.prompts is -1; expected at least 0"):

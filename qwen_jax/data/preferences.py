@@ -1,0 +1,140 @@
+"""Answers that people compared, as rows: all answers to a prompt side by side in one row, as many prompts as fit.
+
+So a batch split by rows needs nothing from another device to compare answers, and a list of K answers, which holds
+K (K - 1) / 2 comparisons, is read once. Shapes: T row length, A answers that a row has room for.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen_jax.batches import PreferenceBatch
+from qwen_jax.data import datasets, packing, sources, token_cache
+from qwen_jax.data.conversations import Document
+from qwen_jax.data.tokenising import Rendering
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import Tokenizer
+
+
+class Answers(NamedTuple):
+    """Rendered answers, those to one prompt next to each other.
+
+    Attributes:
+      documents: prompt and answer each.
+      values: [n] float32, what people think of each.
+      groups: [n] int64, which prompt it answers, ascending from 0.
+      domains: [groups] names, where each prompt is from.
+    """
+
+    documents: Sequence[Document]
+    values: np.ndarray
+    groups: np.ndarray
+    domains: list[str]
+
+
+def load(
+    dataset: str,
+    split: str,
+    tok: Tokenizer,
+    rendering: Rendering,
+    *,
+    bad_records: datasets.BadRecords = "error",
+    hold_out: bool = True,
+) -> tuple[Answers, list[str]]:
+    """The rendered answers of a data set's split.
+
+    Args:
+      dataset, split, hold_out: as in `sources.find`; a source's name is its domain.
+      tok: the tokenizer.
+      rendering: with pairs; its max_length is the limit of a prompt and an answer together.
+      bad_records: as in `datasets.rows`.
+
+    Returns:
+      The answers, and what they were made of, as lines for the reader.
+
+    Raises:
+      InputError: as `token_cache.tokenised`; on bad records that are not to be skipped; where nothing is left.
+    """
+    found = token_cache.tokenised(sources.find(dataset, split, hold_out=hold_out), tok, rendering)
+    accounts = [account for made in found for account in made.accounts]
+    if bad_records == "error":
+        datasets.refuse_bad(accounts)
+    documents = datasets.joined([made.documents for made in found])
+    if not len(documents):
+        raise InputError(f"{dataset}: no comparison for split {split!r} ({'; '.join(map(str, accounts[:3]))})")
+    sizes, domains = [], []
+    for made in found:
+        place = 0
+        while place < len(made.documents):
+            sizes.append(int(made.documents.compared[place]))
+            domains.append(made.source.name)
+            place += sizes[-1]
+    values = np.concatenate([made.documents.values for made in found])
+    told = [line for account in accounts for line in (str(account), *account.lines())]
+    told.append(f"{len(documents):,} answers to {len(sizes):,} prompts, {int(documents.lengths.sum()):,} tokens")
+    return Answers(documents, values, np.repeat(np.arange(len(sizes)), sizes), domains), told
+
+
+class PreferenceRows(Sequence):
+    """Rows of T tokens and at most A answers, by best fit of whole groups; made when they are asked for.
+
+    Args:
+      answers: the answers.
+      length: T.
+      room: A.
+
+    Attributes:
+      length, room: as given.
+      answers: as given.
+      reference: [n] float32, a reference model's log-probability of each answer: 0 until somebody sets it.
+
+    Raises:
+      InputError: the answers to one prompt do not fit into a row.
+    """
+
+    def __init__(self, answers: Answers, length: int, room: int):
+        self.answers, self.length, self.room = answers, length, room
+        self.reference = np.zeros(len(answers.values), np.float32)
+        lengths = np.asarray(answers.documents.lengths)
+        sizes = np.bincount(answers.groups)
+        tokens = np.bincount(answers.groups, lengths).astype(np.int64)
+        for what, found, limit in (("tokens", tokens, length), ("answers", sizes, room)):
+            if found.max() > limit:
+                raise InputError(
+                    f"the answers to prompt {int(found.argmax())} have together {found.max()} {what}, a row has room "
+                    f"for {limit}: all answers to a prompt stand in one row; make rows longer, or leave it out"
+                )
+        # An answer takes its share of the row whatever its length, so that no row has more answers than room.
+        weights = np.maximum(tokens, -(-sizes * length // room))
+        row_of = packing.best_fit(weights, length)
+        self._order = np.argsort(row_of, kind="stable")
+        self._bounds = np.searchsorted(row_of[self._order], np.arange(row_of.max() + 2))
+        self._starts = np.cumsum(sizes) - sizes
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def members(self, index: int) -> np.ndarray:
+        """Returns the numbers of the answers in a row, in order."""
+        groups = self._order[self._bounds[index] : self._bounds[index + 1]]
+        return np.concatenate([self._starts[group] + np.arange(self._sizes[group]) for group in groups])
+
+    def __getitem__(self, index: int) -> PreferenceBatch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        members = self.members(index % len(self))
+        documents = [self.answers.documents[place] for place in members.tolist()]
+        row = packing.row(((ids, mask, len(ids)) for ids, mask in documents), self.length)
+        ends, groups = np.zeros(self.room, np.int32), np.zeros(self.room, np.int32)
+        values, reference = np.zeros(self.room, np.float32), np.zeros(self.room, np.float32)
+        count = len(members)
+        ends[:count] = np.cumsum([len(document.ids) for document in documents]) - 1
+        groups[:count] = np.unique(self.answers.groups[members], return_inverse=True)[1] + 1
+        values[:count], reference[:count] = self.answers.values[members], self.reference[members]
+        return PreferenceBatch(*row, ends, groups, values, reference)
+
+    def first(self, count: int) -> list[PreferenceBatch]:
+        """Returns the first rows, or all where there are fewer."""
+        return [self[index] for index in range(min(count, len(self)))]
