@@ -4,13 +4,13 @@ So a batch split by rows needs nothing from another device to compare answers, a
 K (K - 1) / 2 comparisons, is read once. Shapes: T row length, A answers that a row has room for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qwen_jax.batches import PreferenceBatch
-from qwen_jax.data import datasets, packing, sources, token_cache
+from qwen_jax.data import datasets, formats, packing, sources, token_cache
 from qwen_jax.data.conversations import Document
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
@@ -56,7 +56,10 @@ def load(
     Raises:
       InputError: as `token_cache.tokenised`; on bad records that are not to be skipped; where nothing is left.
     """
-    found = token_cache.tokenised(sources.find(dataset, split, hold_out=hold_out), tok, rendering)
+    named = sources.find(dataset, split, hold_out=hold_out)
+    if named[0].weight is not None:
+        raise InputError(f"{dataset}: sources of comparisons have no weights; expected names alone")
+    found = token_cache.tokenised(named, tok, rendering)
     accounts = [account for made in found for account in made.accounts]
     if bad_records == "error":
         datasets.refuse_bad(accounts)
@@ -74,6 +77,23 @@ def load(
     told = [line for account in accounts for line in (str(account), *account.lines())]
     told.append(f"{len(documents):,} answers to {len(sizes):,} prompts, {int(documents.lengths.sum()):,} tokens")
     return Answers(documents, values, np.repeat(np.arange(len(sizes)), sizes), domains), told
+
+
+def texts(dataset: str, split: str) -> Iterator[str]:
+    """What is said in the comparisons of a split: prompts once, answers each.
+
+    Raises:
+      InputError: as `sources.find`; also, while it is read, on the first record that is no comparison.
+    """
+    for source in sources.find(dataset, split):
+        for part in source.parts:
+            for number, record in part.records():
+                try:
+                    record = formats.parsed(record)
+                    found = formats.comparison(record, formats.detect(record))
+                except formats.BadRecord as error:
+                    raise InputError(f"{part.name}, {part.unit} {number}: {error}") from None
+                yield from (message["content"] for message in (*found.prompt, *found.answers))
 
 
 class PreferenceRows(Sequence):
@@ -116,6 +136,11 @@ class PreferenceRows(Sequence):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    @property
+    def efficiency(self) -> float:
+        """Share of the rows' places that hold a token."""
+        return int(np.sum(self.answers.documents.lengths)) / (len(self) * self.length)
+
     def members(self, index: int) -> np.ndarray:
         """Returns the numbers of the answers in a row, in order."""
         groups = self._order[self._bounds[index] : self._bounds[index + 1]]
@@ -134,7 +159,3 @@ class PreferenceRows(Sequence):
         groups[:count] = np.unique(self.answers.groups[members], return_inverse=True)[1] + 1
         values[:count], reference[:count] = self.answers.values[members], self.reference[members]
         return PreferenceBatch(*row, ends, groups, values, reference)
-
-    def first(self, count: int) -> list[PreferenceBatch]:
-        """Returns the first rows, or all where there are fewer."""
-        return [self[index] for index in range(min(count, len(self)))]

@@ -13,6 +13,7 @@ from qwen_jax.models.functional import (
     logits,
     scores,
     sequence_log_probs,
+    with_score_head,
 )
 from qwen_jax.models.fused import fuse, fused_axes
 from qwen_jax.models.upcycling import upcycle
@@ -35,4 +36,5 @@ __all__ = [
     "scores",
     "sequence_log_probs",
     "upcycle",
+    "with_score_head",
 ]

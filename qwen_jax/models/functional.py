@@ -37,6 +37,21 @@ def init(config: QwenConfig, key: jax.Array, *, mesh: jax.sharding.Mesh | None =
     return jax.jit(_unboxed, static_argnums=0, out_shardings=shardings)(config, key)
 
 
+def with_score_head(config: QwenConfig, params: dict, key: jax.Array) -> dict:
+    """Returns the parameters of a language model as those of a reward model that begins with it.
+
+    The head of the vocabulary goes; the score's is drawn as `init` does.
+
+    Args:
+      config: of the reward model.
+      params: of the language model; none is copied.
+      key: of the new head.
+    """
+    kept = {name: leaf for name, leaf in params.items() if name != "head"}
+    drawn = jax.random.normal(key, (1, config.hidden_size), jnp.float32) * config.initializer_range
+    return kept | {"score": drawn.astype(config.param_dtype)}
+
+
 def abstract(config: QwenConfig) -> dict:
     """Returns the tree of parameter shapes and dtypes, computing nothing."""
     return jax.eval_shape(lambda: _unboxed(config, jax.random.key(0)))

@@ -4,6 +4,7 @@ Made from what the run wrote: config.json, metrics.jsonl, accounts.json, samples
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwen_jax.errors import InputError
@@ -29,8 +30,22 @@ class Budget(NamedTuple):
     epochs: list[float]
 
 
-def write(folder: str | pathlib.Path, *, title: str, budget: Budget | None = None) -> None:
+def write(
+    folder: str | pathlib.Path,
+    *,
+    title: str,
+    budget: Budget | None = None,
+    unit: str = "nats per learned token",
+    more: Sequence[Block] = (),
+) -> None:
     """Writes plots/loss.png, report.md and report.html into a run's folder, on the first process.
+
+    Args:
+      folder: the run's.
+      title: of the page.
+      budget: what the run read.
+      unit: of its losses.
+      more: what an experiment has to say besides; stands before the losses.
 
     Raises:
       InputError: where they cannot be written.
@@ -38,17 +53,17 @@ def write(folder: str | pathlib.Path, *, title: str, budget: Budget | None = Non
 
     def whole():
         try:
-            _write(pathlib.Path(folder), title, budget)
+            _write(pathlib.Path(folder), title, budget, unit, more)
         except OSError as error:
             raise InputError(f"the report in {folder} cannot be written: {error.strerror or error}") from None
 
     hosts.once(whole)
 
 
-def _write(folder: pathlib.Path, title: str, budget: Budget | None) -> None:
+def _write(folder: pathlib.Path, title: str, budget: Budget | None, unit: str, more: Sequence[Block]) -> None:
     rows, record, books = metrics.read(folder), workdir.read(folder), accounts.read(folder)
-    plot_losses(folder / "plots" / "loss.png", {title: rows})
-    blocks = [*head(title, record, books), *differences(record), *curves(rows), *speed(rows, books)]
+    plot_losses(folder / "plots" / "loss.png", {title: rows}, unit=unit)
+    blocks = [*head(title, record, books), *differences(record), *more, *curves(rows, unit), *speed(rows, books)]
     if books:
         blocks += [*tokens(budget, books), *time_and_memory(books)]
     blocks += [*compared(samples.read(folder)), *versions(record)]
@@ -81,12 +96,12 @@ def domains(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(inner))
 
 
-def curves(rows: list[dict]) -> list[Block]:
+def curves(rows: list[dict], unit: str) -> list[Block]:
     """Losses, as a picture and as a table of the evaluations."""
     losses = [row["loss"] for row in rows if "loss" in row]
     scores = [row for row in rows if "validation/loss" in row]
     last = f"{losses[-1]:.4f}" if losses else "none was finite"
-    blocks = [Text("Losses", 2), Text(f"Last training loss: {last}. All losses are nats per learned token.")]
+    blocks = [Text("Losses", 2), Text(f"Last training loss: {last}. All losses are {unit}.")]
     blocks.append(Picture("plots/loss.png", "loss"))
     if not scores:
         return blocks
@@ -199,13 +214,19 @@ def versions(record: dict) -> list[Block]:
     return [Text("Versions", 2), Text(f"{listed}; this code: {record['git'] or 'not from a git checkout'}.")]
 
 
-def plot_losses(path: pathlib.Path, runs: dict[str, list[dict]], baselines: dict[str, dict[str, float]] | None = None):
+def plot_losses(
+    path: pathlib.Path,
+    runs: dict[str, list[dict]],
+    baselines: dict[str, dict[str, float]] | None = None,
+    unit: str = "nats per token",
+):
     """Draws training and validation loss of each run side by side, with horizontal lines for baselines.
 
     Args:
       path: the PNG to write.
       runs: title -> lines of metrics.jsonl.
-      baselines: title -> {name: nats per token}.
+      baselines: title -> {name: loss}.
+      unit: of the losses.
     """
     import matplotlib
 
@@ -223,7 +244,7 @@ def plot_losses(path: pathlib.Path, runs: dict[str, list[dict]], baselines: dict
             )
         for (name, value), line in zip((baselines or {}).get(title, {}).items(), (":", "--"), strict=False):
             axis.axhline(value, ls=line, color="grey", label=f"{name} {value:.3f}")
-        axis.set(title=title, xlabel="step", ylabel="nats per token")
+        axis.set(title=title, xlabel="step", ylabel=unit)
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,180 @@
+"""What reward models and preference optimisation share: rows of compared answers, the loop, a figure of each."""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import sharding, tokenizer
+from qwen_jax.batches import PreferenceBatch
+from qwen_jax.config import QwenConfig
+from qwen_jax.data import loader, preferences, sources
+from qwen_jax.data.preferences import PreferenceRows
+from qwen_jax.data.tokenising import Rendering
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.training import loop, pretrained, report, throughput
+from qwen_jax.training.page import Block
+from qwen_jax.training.program import Program
+from qwen_jax.training.state import TrainState
+
+
+class Config(Protocol):
+    """The fields that an experiment on comparisons has among its own."""
+
+    model: QwenConfig
+    base: str
+    loop: loop.LoopConfig
+    dataset: str
+    validation_dataset: str  # empty: a split of the first
+    format: str
+    bad_records: str
+    template: str
+    too_long: str  # "error" or "drop" a comparison with an answer over `limit`
+    limit: int  # tokens of a prompt and an answer
+    length: int  # tokens in a row
+    answers: int  # that a row has room for
+    batch_size: int  # rows in a step, over all processes
+    seed: int
+
+
+def run_tokenizer(config: Config, folder: pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of this run: its base's, or for a random one trained at its first start."""
+
+    def make():
+        if config.base != "random":
+            return tokenizer.load(pretrained.tokenizer_path(config.base))
+        return tokenizer.train(preferences.texts(config.dataset, "train"), config.model.vocab_size)
+
+    return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
+
+
+class Data(NamedTuple):
+    """Rows to train on, and those of each domain to evaluate on."""
+
+    train: PreferenceRows
+    validation: dict[str, PreferenceRows]
+
+
+def data(config: Config, tok: Tokenizer, *, label: str) -> Data:
+    """Returns the rows of an experiment, and says what became of the records.
+
+    Raises:
+      InputError: as `preferences.load` and `PreferenceRows`.
+    """
+    held_out = config.validation_dataset or config.dataset
+    train, told = rows(config, tok, config.dataset, "train")
+    for line in told:
+        loop.say(label, f"train: {line}")
+    found = {}
+    for name, short in zip(sources.names(held_out), sources.short_names(sources.names(held_out)), strict=True):
+        found[short], told = rows(config, tok, name, "validation")
+        loop.say(label, f"validation: {short}: {told[-1]}")
+    return Data(train, found)
+
+
+def rows(config: Config, tok: Tokenizer, dataset: str, split: str) -> tuple[PreferenceRows, list[str]]:
+    """Returns the rows of one split of a data set, and lines about them."""
+    if config.limit > config.model.max_position_embeddings:
+        raise InputError(
+            f"limit is {config.limit}, over model.max_position_embeddings {config.model.max_position_embeddings}"
+        )
+    rendering = Rendering(config.template, "last-turn", config.limit, config.too_long, config.format, pairs=True)
+    hold_out = not config.validation_dataset
+    answers, told = preferences.load(dataset, split, tok, rendering, bad_records=config.bad_records, hold_out=hold_out)
+    made = PreferenceRows(answers, config.length, config.answers)
+    return made, [*told, f"{told[-1]} in {len(made):,} rows, {made.efficiency:.1%} full"]
+
+
+def batch(config: Config) -> PreferenceBatch:
+    """Returns one global batch as structs."""
+    of = lambda dtype, size: jax.ShapeDtypeStruct((config.batch_size, size), dtype)
+    token, answer = functools.partial(of, size=config.length), functools.partial(of, size=config.answers)
+    i, f = jnp.int32, jnp.float32
+    return PreferenceBatch(token(i), token(i), token(f), token(i), token(i), answer(i), answer(i), answer(f), answer(f))
+
+
+def fit(
+    program: Program,
+    train: PreferenceRows,
+    validation: Mapping[str, PreferenceRows],
+    *,
+    config: Config,
+    workdir: pathlib.Path,
+    experiment: str,
+    initial: Callable[[], TrainState],
+    frozen: tuple = (),
+) -> TrainState:
+    """Trains on batches of rows to the end, or on from where the folder stands.
+
+    Args:
+      program: from `program.build`, its batch as `batch` says.
+      train: shuffled by config.seed, shared out over processes, read for ever.
+      validation: domain -> rows; every evaluation reads them all.
+      config: of the experiment.
+      workdir: from `workdir.prepare`.
+      experiment: what its lines are headed with.
+      initial: makes the state of step 0.
+      frozen: the arrays of program.frozen.
+
+    Returns:
+      The state after the last step.
+    """
+    loop.say(
+        experiment,
+        f"{config.model.param_counts()['total']:,} parameters; {len(train):,} rows of {config.length} tokens; "
+        f"{config.loop.steps} steps; mesh {dict(program.layout.mesh.shape)}",
+    )
+    share = sharding.share(program.batch.tokens)
+    held_out = functools.partial(loader.evaluation, batch_size=config.batch_size, **share)
+    batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
+    with contextlib.closing(batches):
+        return loop.fit(
+            program,
+            batches,
+            config=config.loop,
+            workdir=workdir,
+            initial=initial,
+            validation={domain: functools.partial(held_out, some) for domain, some in validation.items()},
+            flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
+            label=experiment,
+            frozen=frozen,
+        )
+
+
+def write_report(
+    config: Config, train: PreferenceRows, *, workdir: pathlib.Path, title: str, more: Sequence[Block]
+) -> None:
+    """Writes report.md with the run's curves and what the experiment has to say besides."""
+    read = config.loop.steps * config.batch_size
+    budget = report.Budget(read, config.length, 1 - train.efficiency, [read / len(train)])
+    report.write(workdir, title=title, budget=budget, unit="nats per comparison", more=more)
+
+
+def of_each_answer(function: Callable, some: PreferenceRows, program: Program, *arguments) -> np.ndarray:
+    """Computes a figure of every answer, on the program's mesh.
+
+    Args:
+      function: (batch, *arguments) -> [B, A] float32; compiled here.
+      some: the rows.
+      program: its mesh and batch.
+      arguments: arrays that are on the mesh.
+
+    Returns:
+      [n] float32 in the order of some.answers.
+    """
+    whole = sharding.replicated(program.layout)
+    compute = jax.jit(function, out_shardings=whole)
+    rows = program.batch.tokens.shape[0]
+    found, place = np.zeros(len(some.answers.values), np.float32), 0
+    for host in loader.evaluation(some, batch_size=rows, **sharding.share(program.batch.tokens)):
+        figures = np.asarray(jax.device_get(compute(sharding.put(host, program.batch), *arguments)))
+        for row in figures[: len(some) - place]:
+            members = some.members(place)
+            found[members], place = row[: len(members)], place + 1
+    return found
