@@ -33,7 +33,7 @@ from qwen_jax.training.optimizer import OptimizerConfig
 
 DOMAINS = ("films", "products", "news", "tweets")
 RATINGS = ",".join(f"ratings-{name}" for name in DOMAINS)
-LISTS = ",".join(f"ratings-{name}-8" for name in DOMAINS)
+LISTS = ",".join(f"ratings-{name}-4" for name in DOMAINS)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def small() -> Config:
     return Config(
         model=pretrain.small().model,
         optimizer=OptimizerConfig(peak_lr=1e-3, schedule="cosine", warmup_steps=20, final_ratio=0.05),
-        loop=LoopConfig(steps=600, log_every=20, eval_every=100, checkpoint_every=100),
-        dataset=LISTS, validation_dataset=RATINGS, test_split="test", ranking=RankingLoss(least=1.0),
+        loop=LoopConfig(steps=400, log_every=20, eval_every=100, checkpoint_every=100),
+        dataset=LISTS, validation_dataset=RATINGS, test_split="test", ranking=RankingLoss(least=1.0), limit=512,
+        length=768, answers=8, dropout=0.1,
     )  # fmt: skip
 
 
