@@ -9,7 +9,6 @@ The regression sees the difference of the two answers' word counts (words, and p
 Bradley-Terry model with a linear score does: its strength C is chosen on the validation pairs.
 """
 
-import dataclasses
 import json
 import sys
 import types

@@ -80,7 +80,7 @@ def small() -> Config:
         optimizer=OptimizerConfig(peak_lr=1e-3, schedule="cosine", warmup_steps=20, final_ratio=0.05),
         loop=LoopConfig(steps=400, log_every=20, eval_every=100, checkpoint_every=100),
         dataset=LISTS, validation_dataset=RATINGS, test_split="test", ranking=RankingLoss(least=1.0), limit=512,
-        length=768, answers=8, dropout=0.1,
+        length=768, answers=12, dropout=0.1,
     )  # fmt: skip
 
 
