@@ -39,6 +39,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "test": TEST,
+        "bench": ["scikit-learn>=1.9.1"],
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm_eval>=0.4.13"],  # pandas, scikit-learn and their like come with it: no test needs them
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],

@@ -56,7 +56,9 @@ class Config:
     base: str = ""  # Hugging Face folder or workdir of a run; "random" starts from nothing
     dataset: str = RATINGS  # pairs or ranked lists: see docs/data.md
     validation_dataset: str = ""  # such another; empty: a split of the first
+    validation_prompts: int = 0  # of each source that an evaluation reads; 0 for all
     test_split: str = "validation"  # of the validation data: what the report is about
+    test_prompts: int = 0  # of each source
     format: str = "auto"
     bad_records: datasets.BadRecords = "error"
     template: str = "qwen2"
@@ -89,12 +91,12 @@ def smollm2() -> Config:
     base = small()
     return dataclasses.replace(
         base,
-        model=base.model.replace(remat="full", param_dtype="bfloat16"),
-        optimizer=OptimizerConfig(peak_lr=5e-4, schedule="cosine", warmup_steps=10, final_ratio=0.05),
-        loop=LoopConfig(steps=100, log_every=5, eval_every=50, checkpoint_every=50),
-        lora=LoraConfig(rank=16, alpha=32.0),
-        batch_size=4,
-    )
+        model=base.model.replace(param_dtype="bfloat16"),
+        optimizer=OptimizerConfig(peak_lr=5e-4, schedule="cosine", warmup_steps=5, final_ratio=0.05),
+        loop=LoopConfig(steps=80, log_every=5, eval_every=0, checkpoint_every=20),
+        lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0),
+        batch_size=2, validation_prompts=10, test_prompts=100, dropout=0.0,
+    )  # fmt: skip
 
 
 def smoke() -> Config:
@@ -239,7 +241,8 @@ def run(config: Config, folder, recipe: str) -> dict:
 
 def judge(config: Config, built: program.Program, params, tok: Tokenizer, frozen: tuple) -> preferences.Scored:
     """Returns the scores of all answers that the report is about."""
-    rows, _ = comparing.rows(config, tok, config.validation_dataset or config.dataset, config.test_split)
+    held_out = config.validation_dataset or config.dataset
+    rows, _ = comparing.rows(config, tok, held_out, config.test_split, most=config.test_prompts)
 
     def of_batch(batch, params, *frozen):
         whole = models.lora.join(*frozen, params, config.lora) if frozen else params

@@ -41,6 +41,7 @@ def load(
     *,
     bad_records: datasets.BadRecords = "error",
     hold_out: bool = True,
+    most: int = 0,
 ) -> tuple[Answers, list[str]]:
     """The rendered answers of a data set's split.
 
@@ -49,6 +50,7 @@ def load(
       tok: the tokenizer.
       rendering: with pairs; its max_length is the limit of a prompt and an answer together.
       bad_records: as in `datasets.rows`.
+      most: prompts of each source, the first; 0 for all.
 
     Returns:
       The answers, and what they were made of, as lines for the reader.
@@ -66,17 +68,40 @@ def load(
     documents = datasets.joined([made.documents for made in found])
     if not len(documents):
         raise InputError(f"{dataset}: no comparison for split {split!r} ({'; '.join(map(str, accounts[:3]))})")
-    sizes, domains = [], []
+    kept, values, sizes, domains, start = [], [], [], [], 0
     for made in found:
-        place = 0
-        while place < len(made.documents):
-            sizes.append(int(made.documents.compared[place]))
-            domains.append(made.source.name)
-            place += sizes[-1]
-    values = np.concatenate([made.documents.values for made in found])
+        mine = _sizes(made.documents.compared)[: most or None]
+        kept.append(start + np.arange(sum(mine)))
+        values.append(made.documents.values[: sum(mine)])
+        sizes += mine
+        domains += [made.source.name] * len(mine)
+        start += len(made.documents)
+    taken = _Taken(documents, np.concatenate(kept))
     told = [line for account in accounts for line in (str(account), *account.lines())]
-    told.append(f"{len(documents):,} answers to {len(sizes):,} prompts, {int(documents.lengths.sum()):,} tokens")
-    return Answers(documents, values, np.repeat(np.arange(len(sizes)), sizes), domains), told
+    told.append(f"{len(taken):,} answers to {len(sizes):,} prompts, {int(taken.lengths.sum()):,} tokens")
+    return Answers(taken, np.concatenate(values), np.repeat(np.arange(len(sizes)), sizes), domains), told
+
+
+def _sizes(compared: np.ndarray) -> list[int]:
+    """How many answers each prompt has, from how many stand together with each answer."""
+    sizes, place = [], 0
+    while place < len(compared):
+        sizes.append(int(compared[place]))
+        place += sizes[-1]
+    return sizes
+
+
+class _Taken(Sequence):
+    """Some of a sequence of documents, by their numbers, with their lengths."""
+
+    def __init__(self, documents: Sequence[Document], numbers: np.ndarray):
+        self._documents, self._numbers, self.lengths = documents, numbers, documents.lengths[numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Document:
+        return self._documents[int(self._numbers[index])]
 
 
 def texts(dataset: str, split: str) -> Iterator[str]:

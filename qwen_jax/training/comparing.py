@@ -36,6 +36,7 @@ class Config(Protocol):
     bad_records: str
     template: str
     too_long: str  # "error" or "drop" a comparison with an answer over `limit`
+    validation_prompts: int  # of each source that an evaluation reads; 0 for all
     limit: int  # tokens of a prompt and an answer
     length: int  # tokens in a row
     answers: int  # that a row has room for
@@ -73,20 +74,24 @@ def data(config: Config, tok: Tokenizer, *, label: str) -> Data:
         loop.say(label, f"train: {line}")
     found = {}
     for name, short in zip(sources.names(held_out), sources.short_names(sources.names(held_out)), strict=True):
-        found[short], told = rows(config, tok, name, "validation")
+        found[short], told = rows(config, tok, name, "validation", most=config.validation_prompts)
         loop.say(label, f"validation: {short}: {told[-1]}")
     return Data(train, found)
 
 
-def rows(config: Config, tok: Tokenizer, dataset: str, split: str) -> tuple[PreferenceRows, list[str]]:
-    """Returns the rows of one split of a data set, and lines about them."""
+def rows(
+    config: Config, tok: Tokenizer, dataset: str, split: str, *, most: int = 0
+) -> tuple[PreferenceRows, list[str]]:
+    """Returns the rows of one split of a data set (at most so many prompts of each source), and lines about them."""
     if config.limit > config.model.max_position_embeddings:
         raise InputError(
             f"limit is {config.limit}, over model.max_position_embeddings {config.model.max_position_embeddings}"
         )
     rendering = Rendering(config.template, "last-turn", config.limit, config.too_long, config.format, pairs=True)
     hold_out = not config.validation_dataset
-    answers, told = preferences.load(dataset, split, tok, rendering, bad_records=config.bad_records, hold_out=hold_out)
+    answers, told = preferences.load(
+        dataset, split, tok, rendering, bad_records=config.bad_records, hold_out=hold_out, most=most
+    )
     made = PreferenceRows(answers, config.length, config.answers)
     return made, [*told, f"{told[-1]} in {len(made):,} rows, {made.efficiency:.1%} full"]
 
