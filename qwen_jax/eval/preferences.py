@@ -160,7 +160,8 @@ def plot(path: pathlib.Path, found: Scored) -> None:
         shown = [(low, (lead > 0)[mask].mean()) for low, mask in _bins(found, name) if mask.sum() >= 10]
         c.plot(*zip(*shown, strict=True), marker="o", label=name) if shown else None
     c.set(xlabel="people's margin, from", ylabel="accuracy", title="accuracy by margin")
-    c.legend()
+    if c.lines:
+        c.legend()
     d.scatter(found.lengths, found.scores, s=3, alpha=0.4)
     d.set(xlabel="tokens of the answer", ylabel="score", title=f"r = {correlation(found.scores, found.lengths):.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
