@@ -91,11 +91,11 @@ def smollm2() -> Config:
     base = small()
     return dataclasses.replace(
         base,
-        model=base.model.replace(param_dtype="bfloat16"),
+        model=base.model.replace(param_dtype="bfloat16", remat="full"),
         optimizer=OptimizerConfig(peak_lr=5e-4, schedule="cosine", warmup_steps=5, final_ratio=0.05),
-        loop=LoopConfig(steps=80, log_every=5, eval_every=0, checkpoint_every=20),
-        lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0),
-        batch_size=2, validation_prompts=10, test_prompts=100, dropout=0.0,
+        loop=LoopConfig(steps=40, log_every=2, eval_every=0, checkpoint_every=10),
+        lora=LoraConfig(rank=16, alpha=32.0), dropout=0.0, length=448, limit=256, validation_prompts=10,
+        test_prompts=100,
     )  # fmt: skip
 
 
@@ -169,14 +169,20 @@ def ranking_loss(
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> program.Program:
     """Returns what a run of this config compiles on this mesh; touches no device. Dropout is off at evaluation."""
-    layout, lora, model = Layout(mesh), config.lora, config.model.replace(head="score")
+    model, layout = config.model.replace(head="score"), Layout(mesh)
+    loss_fn = functools.partial(ranking_loss, model=model, layout=layout, ranking=config.ranking)
+    return build_with(config, model, loss_fn, layout)
+
+
+def build_with(config, model: QwenConfig, loss_fn, layout: Layout) -> program.Program:
+    """Returns the program of a model, or of its adapters, that is trained on comparisons by this loss."""
+    lora = config.lora
     trained = dict(init_params=functools.partial(models.init, model), param_axes=models.axes(model))
     if lora.rank:
         trained = dict(
             init_params=functools.partial(models.lora.init, model, lora), param_axes=models.lora.axes(model, lora),
             frozen=[(models.abstract(model), models.axes(model))],
         )  # fmt: skip
-    loss_fn = functools.partial(ranking_loss, model=model, layout=layout, ranking=config.ranking)
     return program.build(
         **trained,
         loss_fn=functools.partial(loss_fn, lora=lora, dropout=config.dropout),
@@ -189,25 +195,28 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> program.Program:
     )
 
 
+def placed(model: QwenConfig, layout: Layout) -> dict:
+    """Returns the parameters of a model as structs that say where they lie."""
+    shapes = models.abstract(model)
+    place = lambda struct, where: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)
+    return jax.tree.map(place, shapes, sharding.tree_shardings(models.axes(model), shapes, layout))
+
+
 def base_params(config: Config, layout: Layout, key: jax.Array) -> dict:
     """Returns the parameters that a run begins with: its base's, with a score head; a reward model keeps its own.
 
     Raises:
       InputError: as `pretrained.load_params`.
     """
-    model = config.model
+    model, structs = config.model, placed(config.model, layout)
     if config.base == "random":
         return models.init(model, key, mesh=layout.mesh)
-    own = pretrained.read_config(config.base).head == "score"
-    kept = model if own else model.replace(head="vocabulary")
-    shapes = models.abstract(kept)
-    place = lambda struct, where: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)
-    structs = jax.tree.map(place, shapes, sharding.tree_shardings(models.axes(kept), shapes, layout))
+    if pretrained.read_config(config.base).head == "score":
+        return pretrained.load_params(config.base, structs)
+    head = structs.pop("score")
     params = pretrained.load_params(config.base, structs)
-    if own:
-        return params
-    where = sharding.tree_shardings(models.axes(model), models.abstract(model), layout)
-    return jax.jit(functools.partial(models.with_score_head, model), out_shardings=where)(params, key)
+    begin = lambda key: models.with_score_head(model, {}, key)["score"]
+    return params | {"score": jax.jit(begin, out_shardings=head.sharding)(key)}
 
 
 def run(config: Config, folder, recipe: str) -> dict:

@@ -149,7 +149,8 @@ def load_params(
     Args:
       workdir: the run's folder.
       step: which checkpoint; the newest if None.
-      shardings: tree of shardings to read straight onto a mesh, or one for all; on the first device if None.
+      shardings: tree of shardings to read straight onto a mesh, or one for all; on the first device if None. Of a tree,
+        what it does not name (of the first level) is not read.
 
     Returns:
       The model's config and its parameters.
@@ -172,7 +173,12 @@ def load_params(
                 raise ValueError("its list of arrays is missing or damaged")
             shapes = described.tree["params"]
             one = first if shardings is None else shardings
-            places = jax.tree.map(lambda _: one, shapes) if isinstance(one, jax.sharding.Sharding) else shardings
+            places = one
+            if isinstance(one, jax.sharding.Sharding):
+                places = jax.tree.map(lambda _: one, shapes)
+            else:  # what has no place is not read
+                shapes = {name: shapes[name] for name in places if name in shapes}
+                places = {name: places[name] for name in shapes}
             structs = jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
             )

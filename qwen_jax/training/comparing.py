@@ -18,7 +18,7 @@ from qwen_jax.data.preferences import PreferenceRows
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.training import loop, pretrained, report, throughput
+from qwen_jax.training import hosts, loop, pretrained, report, throughput
 from qwen_jax.training.page import Block
 from qwen_jax.training.program import Program
 from qwen_jax.training.state import TrainState
@@ -114,6 +114,8 @@ def fit(
     experiment: str,
     initial: Callable[[], TrainState],
     frozen: tuple = (),
+    sample: Callable[..., list[dict]] | None = None,
+    sample_every: int = 0,
 ) -> TrainState:
     """Trains on batches of rows to the end, or on from where the folder stands.
 
@@ -126,6 +128,7 @@ def fit(
       experiment: what its lines are headed with.
       initial: makes the state of step 0.
       frozen: the arrays of program.frozen.
+      sample, sample_every: as in `loop.fit`.
 
     Returns:
       The state after the last step.
@@ -149,7 +152,39 @@ def fit(
             flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
             label=experiment,
             frozen=frozen,
+            sample=sample,
+            sample_every=sample_every,
         )
+
+
+def keep_reference(
+    path: pathlib.Path, made: Data, function: Callable, program: Program, arguments: Callable[[], tuple], *, label: str
+) -> None:
+    """Gives every row the reference model's log-probabilities: those in the file, or they are computed and kept there.
+
+    Args:
+      path: the file, .npz.
+      made: the rows.
+      function: (batch, *arguments) -> [B, A] float32 log-probability of each answer.
+      program: its mesh and batch.
+      arguments: gives the reference's parameters; called only where there is no file.
+      label: goes before the line that says so.
+    """
+    parts = {"train": made.train} | {f"validation {name}": some for name, some in made.validation.items()}
+    if not path.exists():
+        loop.say(label, f"computing the reference's log-probabilities, once: {path}")
+        given = arguments()
+        found = {name: of_each_answer(function, some, program, *given) for name, some in parts.items()}
+
+        def write():
+            scratch = path.with_name("reference.partial.npz")
+            np.savez(scratch, **found)
+            scratch.rename(path)
+
+        hosts.once(write)
+    with np.load(path) as kept:
+        for name, some in parts.items():
+            some.reference[:] = kept[name]
 
 
 def write_report(

@@ -52,10 +52,14 @@ def load_params(path: str | os.PathLike, abstract=None) -> dict:
     Args:
       path: Hugging Face folder or workdir; of a LoRA run the adapters are merged into its base, which is read too.
       abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params; None takes the parameters as they
-        are kept, on the first device.
+        are kept, on the first device. What else there is than it names (the head of a vocabulary, say, that a reward
+        model does not need) is left.
 
     Returns:
       The parameters, in the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      InputError: where there is no such model, or it lacks a parameter: a score head, if it is no reward model.
     """
     shardings = None if abstract is None else jax.tree.map(lambda struct: struct.sharding, abstract)
     if is_run(path):
@@ -70,7 +74,15 @@ def load_params(path: str | os.PathLike, abstract=None) -> dict:
             return hf.load(path)[1]
         mesh = getattr(jax.tree.leaves(shardings)[0], "mesh", None)
         params = hf.load(path, dtype=str(jax.tree.leaves(abstract)[0].dtype), mesh=mesh)[1]
-    return params if abstract is None else jax.tree.map(_checked, params, abstract)
+    if abstract is None:
+        return params
+    if missing := [name for name in abstract if name not in params]:
+        told = {
+            "score": "score head: expected a reward model",
+            "head": "head of a vocabulary: expected a language model",
+        }
+        raise InputError(f"{path} has no {told.get(missing[0], missing[0])}")
+    return jax.tree.map(_checked, {name: params[name] for name in abstract}, abstract)
 
 
 def _tuned(path, trained: LoraConfig, abstract, shardings) -> dict:
@@ -78,7 +90,9 @@ def _tuned(path, trained: LoraConfig, abstract, shardings) -> dict:
     base = workdir.read(path)["config"]["base"]
     base = pathlib.Path(path) / BASE if base == "random" else base
     try:
-        params = load_params(base, abstract)
+        # The score head of a reward model is the run's own.
+        wanted = abstract and {name: part for name, part in abstract.items() if name != "score"}
+        params = load_params(base, wanted)
     except InputError as error:
         raise InputError(f"{path} is a LoRA run, and its base cannot be read: {error}") from None
     first = jax.tree.leaves(params)[0].sharding

@@ -97,7 +97,7 @@ def test_mixtures_have_weights(tmp_path):
         (
             "chit",
             "train",
-            "no data set is called 'chit': it is none of chitchat, made-up, chinese-reviews, python-code, made-up-pairs, r",
+            "no data set is called 'chit': it is none of chitchat, made-up, chinese-reviews, python-code, made-up",
         ),
         ("lost.jsonl", "train", "lost.jsonl: there is no such file or folder"),
         ("made-up:0.5,made-up", "train", "only some of its sources have a weight"),

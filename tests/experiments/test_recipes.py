@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import moe, pretrain, quickstart, sft
+from experiments import dpo, moe, pretrain, quickstart, reward_model, sft
 from qwen_jax import chat, config, hf, models, sharding, tokenizer
 from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
@@ -16,8 +16,8 @@ from qwen_jax.training import checkpoint, export, metrics, pretrained, samples
 from qwen_jax.training.samples import SamplesConfig
 from tests.conftest import MESHES
 
-TRAINING = {"pretrain": pretrain, "sft": sft}
-FULL_SIZE = [(module, recipe) for module in (pretrain, sft) for recipe in module.RECIPES if recipe != "smoke"]
+TRAINING = {"pretrain": pretrain, "sft": sft, "reward_model": reward_model, "dpo": dpo}
+FULL_SIZE = [(module, recipe) for module in TRAINING.values() for recipe in module.RECIPES if recipe != "smoke"]
 FULL_SIZE += [(moe, "small"), (moe, "qwen2-57b-a14b")]  # the others differ in a number or a name
 
 
@@ -45,7 +45,13 @@ def alone(request, tmp_path_factory):
 # Every experiment is trained on a mesh, every mesh trains an experiment.
 @pytest.mark.parametrize(
     "alone, mesh",
-    [("pretrain", "fsdp8"), ("pretrain", "fsdp2-context2-tensor2"), ("sft", "data2-fsdp2-tensor2")],
+    [
+        ("pretrain", "fsdp8"),
+        ("pretrain", "fsdp2-context2-tensor2"),
+        ("sft", "data2-fsdp2-tensor2"),
+        ("reward_model", "fsdp2-context2-tensor2"),
+        ("dpo", "data2-fsdp2-tensor2"),
+    ],
     indirect=["alone"],
 )
 def test_smoke_trains_alike_on_every_mesh(alone, mesh, tmp_path):

@@ -1,0 +1,198 @@
+"""What a policy has become: its own answers, their distance from the reference's, and what a reward model says of them.
+
+Shapes: N answers, T tokens of the longest prompt and answer.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import models, rollout
+from qwen_jax.config import QwenConfig
+from qwen_jax.data.preferences import Answers
+from qwen_jax.errors import InputError
+from qwen_jax.sharding import Layout
+from qwen_jax.tokenizer import Tokenizer, chat
+from qwen_jax.training import hosts, metrics, samples
+from qwen_jax.training.page import Block, Picture, Table, Text
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reference model and a reward model, that look at answers to some prompts.
+
+    Attributes:
+      tok: the tokenizer of all three models.
+      model, reference: config of policy and reference, and the reference's parameters.
+      scorer, reward: config and parameters of the reward model.
+      prompts: ids each, as they are rendered for an answer.
+      domains: one name for each prompt.
+      layout: where all parameters are.
+    """
+
+    tok: Tokenizer
+    model: QwenConfig
+    reference: dict
+    scorer: QwenConfig
+    reward: dict
+    prompts: Sequence[Sequence[int]]
+    domains: Sequence[str]
+    layout: Layout
+
+    def __post_init__(self):
+        if self.scorer.head != "score":
+            raise InputError(
+                'the reward model has no score head (config.head is "vocabulary"); expected a reward model'
+            )
+
+    def samples(self, params: dict, key: jax.Array, *, each: int, max_new_tokens: int) -> list[dict]:
+        """Returns `each` answers of the policy to every prompt, at temperature 1.
+
+        Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "kl", the answer's
+        log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference); and "reward".
+        What did not end is scored as if it ended there.
+        """
+        asked = [list(prompt) for prompt in self.prompts for _ in range(each)]
+        stops = chat.stop_ids(self.tok)
+        found = rollout.generate(
+            self.model, params, asked, key, max_new_tokens=max_new_tokens, stop_ids=stops,
+            num_tokens=self.tok.vocab_size, layout=self.layout,
+        )  # fmt: skip
+        tokens, lengths, log_probs = jax.device_get((found.tokens, found.lengths, found.log_probs))
+        answers = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        sums = np.array([row[:length].sum() for row, length in zip(log_probs, lengths, strict=True)])
+        kl = sums - self._log_probs(asked, answers)
+        reward = self._scores(asked, answers, self.tok.special_tokens["<|im_end|>"], stops)
+        return [
+            {
+                "domain": self.domains[place // each],
+                "prompt": self.tok.decode(asked[place]),
+                "reference": "",
+                "completion": self.tok.decode(answer),
+                "tokens": len(answer),
+                "finished": answer[-1] in stops,
+                "kl": float(kl[place]),
+                "reward": float(reward[place]),
+            }
+            for place, answer in enumerate(answers)
+        ]
+
+    def _log_probs(self, asked: list[list[int]], answers: list[list[int]]) -> np.ndarray:
+        """Returns [N], log p of each answer under the reference."""
+        tokens_NT, segments_NT = self._padded([q + a for q, a in zip(asked, answers, strict=True)])
+        found_NT = models.log_probs(
+            self.model, self.reference, tokens_NT, jnp.roll(tokens_NT, -1, axis=1), segment_ids=segments_NT,
+            layout=self.layout,
+        )  # fmt: skip
+        found_NT = np.asarray(jax.device_get(found_NT))
+        return np.array([
+            row[len(q) - 1 : len(q) - 1 + len(a)].sum() for row, q, a in zip(found_NT, asked, answers, strict=False)
+        ])  # fmt: skip
+
+    def _scores(self, asked, answers, end: int, stops) -> np.ndarray:
+        ended = [q + (a if a[-1] in stops else [*a, end]) for q, a in zip(asked, answers, strict=True)]
+        tokens_NT, segments_NT = self._padded(ended)
+        found_NT = models.scores(self.scorer, self.reward, tokens_NT, segment_ids=segments_NT, layout=self.layout)
+        found_NT = np.asarray(jax.device_get(found_NT))
+        return np.array([row[len(ids) - 1] for row, ids in zip(found_NT, ended, strict=False)])
+
+    def _padded(self, lists: list[list[int]]) -> tuple[jax.Array, jax.Array]:
+        """Rows of one length, a multiple of 64 and of what the mesh splits, so that few programs are compiled."""
+        step, rows = 64 * self.layout.size("length"), self.layout.size("batch")
+        size = -(-max(map(len, lists)) // step) * step
+        tokens = np.zeros((-(-len(lists) // rows) * rows, size), np.int32)
+        segments = np.zeros_like(tokens)
+        for place, ids in enumerate(lists):
+            tokens[place, : len(ids)], segments[place, : len(ids)] = ids, 1
+        return jnp.asarray(tokens), jnp.asarray(segments)
+
+
+def distinct_prompts(answers: Answers, most: int) -> tuple[list[list[int]], list[str]]:
+    """Returns the first different prompts of answers, as ids up to where the answer begins, and their domains."""
+    found: dict[tuple[int, ...], str] = {}
+    for place in np.flatnonzero(np.diff(answers.groups, prepend=-1)):
+        ids, mask = answers.documents[int(place)]
+        found.setdefault(tuple(ids[: int(np.argmax(mask))].tolist()), answers.domains[int(answers.groups[place])])
+        if len(found) == most:
+            break
+    return [list(ids) for ids in found], list(found.values())
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give every id the same meaning."""
+    if one.vocab_size != other.vocab_size or one.special_tokens != other.special_tokens:
+        return False
+    special = set(one.special_tokens.values())
+    return all(one.token_bytes(id) == other.token_bytes(id) for id in range(one.vocab_size) if id not in special)
+
+
+def frontier(kept: dict[int, list[dict]]) -> list[tuple[int, float, float, float]]:
+    """Returns (step, mean KL, mean reward, standard error of the reward) of samples by step."""
+    rows = []
+    for step, some in kept.items():
+        kl, reward = (np.array([sample[name] for sample in some]) for name in ("kl", "reward"))
+        rows.append((step, float(kl.mean()), float(reward.mean()), float(reward.std() / np.sqrt(len(reward)))))
+    return rows
+
+
+def write(folder: pathlib.Path) -> list[Block]:
+    """Writes plots/dpo.png into a run's folder; returns what its report shows besides the curves of the loss."""
+    scores = [row for row in metrics.read(folder) if "validation/accuracy" in row]
+    kept = {step: some for step, some in samples.read(folder).items() if "kl" in some[0]}
+    rows = frontier(kept)
+    hosts.once(lambda: plot(folder / "plots" / "dpo.png", rows, scores))
+    names = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    table = [[str(row["step"]), *(f"{row[f'validation/{name}']:.3f}" for name in names)] for row in scores]
+    blocks = [
+        Text("Held-out pairs", 2),
+        Text(
+            "Accuracy is the share of held-out pairs whose preferred answer has the higher implicit reward, "
+            "beta log(policy / reference): the win rate judged by people's own labels."
+        ),
+        Table(["step", "accuracy", "margin", "reward of the preferred", "of the other"], table),
+    ]
+    if rows:
+        lines = [[str(step), f"{kl:.2f}", f"{reward:.3f} ± {error:.3f}"] for step, kl, reward, error in rows]
+        blocks += [
+            Text("The policy's own answers", 2),
+            Text("Sampled at temperature 1 for held-out prompts; ± is the standard error of the mean."),
+            Table(["step", "KL from the reference, nats an answer", "reward model's score"], lines),
+        ]
+    return [*blocks, Picture("plots/dpo.png", "held-out pairs, and reward against KL")]
+
+
+def plot(path: pathlib.Path, rows: list[tuple[int, float, float, float]], scores: list[dict]) -> None:
+    """Draws reward against KL, and the held-out accuracy and reward margin of each evaluation.
+
+    Args:
+      path: the PNG to write.
+      rows: of `frontier`; none leaves the first picture out.
+      scores: lines of metrics.jsonl that have "validation/accuracy".
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (a, b) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    if rows:
+        steps, kl, reward, error = zip(*rows, strict=True)
+        a.errorbar(kl, reward, yerr=error, marker="o", capsize=3)
+        for step, x, y in zip(steps, kl, reward, strict=True):
+            a.annotate(str(step), (x, y))
+    a.set(xlabel="KL(policy | reference), nats an answer", ylabel="reward model's score", title="by step")
+    steps = [row["step"] for row in scores]
+    b.plot(steps, [row["validation/accuracy"] for row in scores], marker="o", label="accuracy")
+    b.set(xlabel="step", ylabel="share of held-out pairs", title="held-out pairs")
+    margin = b.twinx()
+    margin.plot(steps, [row["validation/reward_margin"] for row in scores], ls="--", color="C1", label="reward margin")
+    margin.set(ylabel="implicit reward margin")
+    b.legend(loc="upper left")
+    margin.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
