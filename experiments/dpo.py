@@ -17,17 +17,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import pretrain, reward_model, sft
+from experiments import pretrain, reward_model
 from qwen_jax import config as configs
 from qwen_jax import hf, models, objectives, sharding, tokenizer
 from qwen_jax.batches import Loss, PreferenceBatch
 from qwen_jax.config import LoraConfig, QwenConfig
-from qwen_jax.data import datasets
+from qwen_jax.data import datasets, preferences
 from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.ops.dropout import Dropout
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import command, comparing, pretrained, program, workdir
+from qwen_jax.training import bases, command, comparing, pretrained, program, workdir
 from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
 
@@ -198,10 +198,10 @@ def base_params(config: Config, layout: Layout) -> dict:
 
 def run(config: Config, folder, recipe: str) -> None:
     """Trains to the end, or on from where the folder stands, and writes the report."""
-    config = sft.with_rows(sft.from_base(config, Path(folder)), Path(folder))
+    config = bases.with_rows(bases.from_base(config, Path(folder)), Path(folder))
     built = build(config, sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="dpo", recipe=recipe, recipes=RECIPES)
-    tok = comparing.run_tokenizer(config, folder)
+    tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
     data = comparing.data(config, tok, label="dpo")
     key, layout = jax.random.key(config.seed), built.layout
     base = functools.partial(base_params, config, layout)  # of a full run read anew each time: nothing holds it

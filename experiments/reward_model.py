@@ -17,17 +17,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import pretrain, sft
+from experiments import pretrain
 from qwen_jax import config as configs
 from qwen_jax import hf, models, objectives, sharding
 from qwen_jax.batches import Loss, PreferenceBatch
 from qwen_jax.config import LoraConfig, QwenConfig
-from qwen_jax.data import datasets
-from qwen_jax.eval import preferences
+from qwen_jax.data import datasets, preferences
+from qwen_jax.eval import preferences as judged
 from qwen_jax.ops.dropout import Dropout
 from qwen_jax.sharding import Layout, MeshConfig
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.training import command, comparing, optimizer, pretrained, program, workdir
+from qwen_jax.training import bases, command, comparing, optimizer, pretrained, program, workdir
 from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
 
@@ -221,11 +221,11 @@ def base_params(config: Config, layout: Layout, key: jax.Array) -> dict:
 
 def run(config: Config, folder, recipe: str) -> dict:
     """Trains to the end, or on from where the folder stands; returns what `eval.preferences.figures` says of it."""
-    config = sft.with_rows(sft.from_base(config, Path(folder)), Path(folder))
+    config = bases.with_rows(bases.from_base(config, Path(folder)), Path(folder))
     config = dataclasses.replace(config, model=config.model.replace(head="score"))
     built = build(config, sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="reward_model", recipe=recipe, recipes=RECIPES)
-    tok = comparing.run_tokenizer(config, folder)
+    tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
     data = comparing.data(config, tok, label="reward_model")
     key = jax.random.key(config.seed)
     frozen = (base_params(config, built.layout, key),) if config.lora.rank else ()
@@ -242,13 +242,13 @@ def run(config: Config, folder, recipe: str) -> dict:
     if config.lora.rank:
         hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
     found = judge(config, built, state.params, tok, frozen)
-    blocks = preferences.write(folder, found, of=f"{config.validation_dataset or config.dataset}, {config.test_split}")
+    blocks = judged.write(folder, found, of=f"{config.validation_dataset or config.dataset}, {config.test_split}")
     comparing.write_report(config, data.train, workdir=folder, title=f"reward_model {recipe}", more=blocks)
     say("reward_model", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
-    return preferences.figures(found)
+    return judged.figures(found)
 
 
-def judge(config: Config, built: program.Program, params, tok: Tokenizer, frozen: tuple) -> preferences.Scored:
+def judge(config: Config, built: program.Program, params, tok: Tokenizer, frozen: tuple) -> judged.Scored:
     """Returns the scores of all answers that the report is about."""
     held_out = config.validation_dataset or config.dataset
     rows, _ = comparing.rows(config, tok, held_out, config.test_split, most=config.test_prompts)
@@ -258,7 +258,7 @@ def judge(config: Config, built: program.Program, params, tok: Tokenizer, frozen
         return scores(whole, batch, model=config.model, layout=built.layout)
 
     found = comparing.of_each_answer(of_batch, rows, built, params, *frozen)
-    return preferences.scored(rows.answers, found, least=config.ranking.least)
+    return judged.scored(rows.answers, found, least=config.ranking.least)
 
 
 if __name__ == "__main__":

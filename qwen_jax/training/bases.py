@@ -1,6 +1,7 @@
 """What a run that starts from a base takes from it: the model's shape, the tokenizer, the rows of control tokens."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -57,12 +58,22 @@ def with_rows(config: C, folder: Path) -> C:
     return dataclasses.replace(config, lora=lora)
 
 
-def run_tokenizer(config: Config, folder: Path) -> tokenizer.Tokenizer:
-    """Returns the tokenizer of this run: its base's, or for a random one trained at its first start."""
+def run_tokenizer(
+    config: Config, folder: Path, *, texts: Callable[[], Iterable[str]] | None = None
+) -> tokenizer.Tokenizer:
+    """Returns the tokenizer of this run: its base's, or for a random one trained at its first start.
+
+    Args:
+      config: of the experiment.
+      folder: of the run.
+      texts: what it is trained on; the messages of config.dataset's chats if None.
+    """
 
     def make():
         if config.base != "random":
             return tokenizer.load(pretrained.tokenizer_path(config.base))
+        if texts is not None:
+            return tokenizer.train(texts(), config.model.vocab_size)
         chats = sources.load(config.dataset, "train")
         return tokenizer.train((message["content"] for chat in chats for message in chat), config.model.vocab_size)
 

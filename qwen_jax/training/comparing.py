@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import sharding, tokenizer
+from qwen_jax import sharding
 from qwen_jax.batches import PreferenceBatch
 from qwen_jax.config import QwenConfig
 from qwen_jax.data import loader, preferences, sources
@@ -18,7 +18,7 @@ from qwen_jax.data.preferences import PreferenceRows
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.training import hosts, loop, pretrained, report, throughput
+from qwen_jax.training import hosts, loop, report, throughput
 from qwen_jax.training.page import Block
 from qwen_jax.training.program import Program
 from qwen_jax.training.state import TrainState
@@ -28,7 +28,6 @@ class Config(Protocol):
     """The fields that an experiment on comparisons has among its own."""
 
     model: QwenConfig
-    base: str
     loop: loop.LoopConfig
     dataset: str
     validation_dataset: str  # empty: a split of the first
@@ -42,17 +41,6 @@ class Config(Protocol):
     answers: int  # that a row has room for
     batch_size: int  # rows in a step, over all processes
     seed: int
-
-
-def run_tokenizer(config: Config, folder: pathlib.Path) -> Tokenizer:
-    """Returns the tokenizer of this run: its base's, or for a random one trained at its first start."""
-
-    def make():
-        if config.base != "random":
-            return tokenizer.load(pretrained.tokenizer_path(config.base))
-        return tokenizer.train(preferences.texts(config.dataset, "train"), config.model.vocab_size)
-
-    return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
 
 
 class Data(NamedTuple):
