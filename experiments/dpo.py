@@ -27,9 +27,11 @@ from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.ops.dropout import Dropout
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import bases, command, comparing, pretrained, program, workdir
+from qwen_jax.training import bases, command, comparing, merging, pretrained, program, workdir
 from qwen_jax.training.loop import LoopConfig, say
+from qwen_jax.training.merging import MergingConfig
 from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.state import TrainState
 
 WITHOUT_REFERENCE = ("simpo", "cpo", "orpo")
 VARIANTS = ("sigmoid", "ipo", "hinge", "robust", *WITHOUT_REFERENCE)
@@ -83,6 +85,7 @@ class Config:
     reference: Literal["cached", "lora-off"] = "cached"
     judge: JudgeConfig = JudgeConfig()
     dropout: float = 0.0
+    merging: MergingConfig = MergingConfig()  # against the alignment tax; of full runs
     lora: LoraConfig = LoraConfig()  # rank 0: the whole model is trained
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
@@ -182,11 +185,14 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> program.Program:
     """Returns what a run of this config compiles on this mesh; touches no device. Dropout is off at evaluation."""
     if config.reference == "lora-off" and not config.lora.rank:
         raise InputError('reference is "lora-off" and lora.rank is 0; expected adapters to switch off, or "cached"')
+    if config.merging.kind != "none" and config.lora.rank:
+        raise InputError("merging is of whole models, and lora.rank is above 0; expected one of the two")
     layout = Layout(mesh)
     loss_fn = functools.partial(
         preference_loss, model=config.model, layout=layout, how=config.preference, reference=config.reference
     )
-    return reward_model.build_with(config, config.model, loss_fn, layout)
+    last = [] if config.merging.kind == "none" else [merging.online(config.merging, seed=config.seed)]
+    return reward_model.build_with(config, config.model, loss_fn, layout, *last)
 
 
 def base_params(config: Config, layout: Layout) -> dict:
@@ -213,7 +219,10 @@ def run(config: Config, folder, recipe: str) -> None:
     judge = make_judge(config, tok, data, layout, *(frozen or (base(),))) if config.judge.reward else None
 
     def initial():
-        return built.init(key, *frozen) if config.lora.rank else built.start(base(), key)
+        if config.lora.rank:
+            return built.init(key, *frozen)
+        state = built.start(base(), key)
+        return state if config.merging.kind == "none" else with_direction(config, state, built)
 
     def sample(params, *frozen):
         params = models.lora.merge(*frozen, params, config.lora) if frozen else params
@@ -227,6 +236,14 @@ def run(config: Config, folder, recipe: str) -> None:
         hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
     comparing.write_report(config, data.train, workdir=folder, title=f"dpo {recipe}", more=policies.write(folder))
     say("dpo", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
+
+
+def with_direction(config: Config, state: TrainState, built: program.Program) -> TrainState:
+    """Returns the state of step 0 that knows what fine-tuning had added to the pretrained model."""
+    before = pretrained.load_params(config.merging.pretrained, built.state.params)
+    begin = functools.partial(merging.begin, config.merging, seed=config.seed)
+    where = jax.tree.map(lambda struct: struct.sharding, built.state.opt_state)
+    return state._replace(opt_state=jax.jit(begin, out_shardings=where)(state.opt_state, state.params, before))
 
 
 def make_judge(config: Config, tok: tokenizer.Tokenizer, data: comparing.Data, layout: Layout, reference: dict):

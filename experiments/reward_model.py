@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments import pretrain
 from qwen_jax import config as configs
@@ -174,9 +175,12 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> program.Program:
     return build_with(config, model, loss_fn, layout)
 
 
-def build_with(config, model: QwenConfig, loss_fn, layout: Layout) -> program.Program:
-    """Returns the program of a model, or of its adapters, that is trained on comparisons by this loss."""
-    lora = config.lora
+def build_with(config, model: QwenConfig, loss_fn, layout: Layout, *last) -> program.Program:
+    """Returns the program of a model, or of its adapters, that is trained on comparisons by this loss.
+
+    What is `last` comes behind the optimizer.
+    """
+    lora, rates = config.lora, {"b": config.lora.b_rate} if config.lora.b_rate != 1 else None
     trained = dict(init_params=functools.partial(models.init, model), param_axes=models.axes(model))
     if lora.rank:
         trained = dict(
@@ -187,7 +191,7 @@ def build_with(config, model: QwenConfig, loss_fn, layout: Layout) -> program.Pr
         **trained,
         loss_fn=functools.partial(loss_fn, lora=lora, dropout=config.dropout),
         eval_loss_fn=functools.partial(loss_fn, lora=dataclasses.replace(lora, dropout=0.0)),
-        tx=optimizer.make(config.optimizer, config.loop.steps, rates={"b": lora.b_rate} if lora.b_rate != 1 else None),
+        tx=optax.chain(optimizer.make(config.optimizer, config.loop.steps, rates=rates), *last),
         batch=comparing.batch(config),
         batch_axes=PreferenceBatch.axes(),
         layout=layout,

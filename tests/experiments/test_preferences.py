@@ -18,6 +18,7 @@ from qwen_jax.data.preferences import Answers, PreferenceRows
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout
 from qwen_jax.training import checkpoint, metrics, samples
+from qwen_jax.training.merging import MergingConfig
 from tests.conftest import tiny
 
 ONE = Layout(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
@@ -147,7 +148,8 @@ def test_adapters_begin_with_the_head_of_a_reward_model_and_are_read_with_their_
 
 def test_dpo_is_judged_by_a_reward_model_and_goes_on_with_the_reference_it_kept(scored, tmp_path, capsys):
     judge = dpo.JudgeConfig(reward=str(scored[0]), prompts=2, each=4, max_new_tokens=8)
-    smoke = dataclasses.replace(dpo.smoke(), judge=judge)
+    merged = MergingConfig("dare", alpha=1e-3, reserve=0.5, pretrained=str(scored[0]))  # a model of the same shape
+    smoke = dataclasses.replace(dpo.smoke(), judge=judge, merging=merged)
     dpo.run(smoke, tmp_path / "run", "smoke")
     scores = [row for row in metrics.read(tmp_path / "run") if "validation/loss" in row]
     assert scores[0]["validation/loss"] == pytest.approx(np.log(2), abs=1e-5)
