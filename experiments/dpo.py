@@ -247,25 +247,27 @@ def with_direction(config: Config, state: TrainState, built: program.Program) ->
 
 
 def make_judge(config: Config, tok: tokenizer.Tokenizer, data: comparing.Data, layout: Layout, reference: dict):
-    """Returns the `policies.Judge` of the policy's answers to held-out prompts.
-
-    Raises:
-      InputError: where the reward model has no score head, or other tokens than the policy.
-    """
-    path = config.judge.reward
-    scorer = pretrained.read_config(path).replace(dtype=config.model.dtype, param_dtype=config.model.param_dtype)
-    if scorer.head != "score":
-        raise InputError(f"{path} has no score head: expected a reward model")
-    if not policies.same_tokens(tok, tokenizer.load(pretrained.tokenizer_path(path))):
-        raise InputError(
-            f"{path} has another tokenizer than the policy; expected one that was trained from the same base"
-        )
+    """Returns the `policies.Judge` of the policy's answers to held-out prompts; raises as `load_reward`."""
     prompts, domains = [], []
     for name, rows in data.validation.items():
         found = policies.distinct_prompts(rows.answers, -(-config.judge.prompts // len(data.validation)))
         prompts, domains = prompts + found[0], domains + [name] * len(found[0])
-    reward = pretrained.load_params(path, reward_model.placed(scorer, layout))
+    scorer, reward = load_reward(config.judge.reward, config.model, layout, tok)
     return policies.Judge(tok, config.model, reference, scorer, reward, prompts, domains, layout)
+
+
+def load_reward(path: str, policy: QwenConfig, layout: Layout, tok: tokenizer.Tokenizer) -> tuple[QwenConfig, dict]:
+    """Returns config and parameters of a reward model, computed in the policy's types.
+
+    Raises:
+      InputError: where it has no score head, or other tokens than the policy.
+    """
+    scorer = pretrained.read_config(path).replace(dtype=policy.dtype, param_dtype=policy.param_dtype)
+    if scorer.head != "score":
+        raise InputError(f"{path} has no score head: expected a reward model")
+    if not policies.same_tokens(tok, tokenizer.load(pretrained.tokenizer_path(path))):
+        raise InputError(f"{path} has another tokenizer than the policy; expected a reward model of the same base")
+    return scorer, pretrained.load_params(path, reward_model.placed(scorer, layout))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ So a batch split by rows needs nothing from another device to compare answers, a
 K (K - 1) / 2 comparisons, is read once. Shapes: T row length, A answers that a row has room for.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from qwen_jax.data.conversations import Document
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer.templates import Message
 
 
 class Answers(NamedTuple):
@@ -105,20 +107,51 @@ class _Taken(Sequence):
 
 
 def texts(dataset: str, split: str) -> Iterator[str]:
-    """What is said in the comparisons of a split: prompts once, answers each.
+    """What is said in the comparisons (or chats) of a split.
 
     Raises:
-      InputError: as `sources.find`; also, while it is read, on the first record that is no comparison.
+      InputError: as `sources.find`; also, while it is read, on the first record that is neither.
     """
+    for prompt, answers in _said(dataset, split):
+        yield from (message["content"] for message in (*prompt, *answers))
+
+
+def prompts(dataset: str, split: str, *, most: int) -> list[list[Message]]:
+    """The first `most` different prompts of a split: of comparisons, or of chats up to their last answer.
+
+    Raises:
+      InputError: as `texts`.
+    """
+    found: dict[str, list[Message]] = {}
+    for prompt, _ in _said(dataset, split):
+        found.setdefault(json.dumps(prompt), prompt)
+        if len(found) == most:
+            break
+    return list(found.values())
+
+
+def _said(dataset: str, split: str) -> Iterator[tuple[list[Message], list[Message]]]:
+    """Yields the prompt and the answers of each record of a split."""
     for source in sources.find(dataset, split):
         for part in source.parts:
             for number, record in part.records():
                 try:
-                    record = formats.parsed(record)
-                    found = formats.comparison(record, formats.detect(record))
+                    prompt, answers, key = _read(formats.parsed(record))
                 except formats.BadRecord as error:
                     raise InputError(f"{part.name}, {part.unit} {number}: {error}") from None
-                yield from (message["content"] for message in (*found.prompt, *found.answers))
+                if formats.percent_of(formats.content_hash(key)) in source.percents:
+                    yield prompt, answers
+
+
+def _read(record) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt, answers, and the messages that decide the split."""
+    name = formats.detect(record)
+    if formats.is_pair(record) or formats.is_list(record):
+        found = formats.comparison(record, name)
+        return found.prompt, found.answers, found.prompt
+    messages = formats.conversation(record, name).messages
+    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], [messages[last]], messages
 
 
 class PreferenceRows(Sequence):

@@ -3,6 +3,7 @@
 Shapes: N answers, T tokens of the longest prompt and answer.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Judge:
 
     Attributes:
       tok: the tokenizer of all three models.
-      model, reference: config of policy and reference, and the reference's parameters.
+      model, reference: config of policy and reference, and the reference's parameters; None looks at no distance.
       scorer, reward: config and parameters of the reward model.
       prompts: ids each, as they are rendered for an answer.
       domains: one name for each prompt.
@@ -36,7 +37,7 @@ class Judge:
 
     tok: Tokenizer
     model: QwenConfig
-    reference: dict
+    reference: dict | None
     scorer: QwenConfig
     reward: dict
     prompts: Sequence[Sequence[int]]
@@ -53,8 +54,9 @@ class Judge:
         """Returns `each` answers of the policy to every prompt, at temperature 1.
 
         Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "kl", the answer's
-        log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference); and "reward".
-        What did not end is scored as if it ended there.
+        log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference), 0 without one;
+        "reward"; and "answer", what the completion says without control tokens. What did not end is scored as if it
+        ended there.
         """
         asked = [list(prompt) for prompt in self.prompts for _ in range(each)]
         stops = chat.stop_ids(self.tok)
@@ -65,7 +67,7 @@ class Judge:
         tokens, lengths, log_probs = jax.device_get((found.tokens, found.lengths, found.log_probs))
         answers = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         sums = np.array([row[:length].sum() for row, length in zip(log_probs, lengths, strict=True)])
-        kl = sums - self._log_probs(asked, answers)
+        kl = np.zeros_like(sums) if self.reference is None else sums - self._log_probs(asked, answers)
         reward = self._scores(asked, answers, self.tok.special_tokens["<|im_end|>"], stops)
         return [
             {
@@ -77,6 +79,7 @@ class Judge:
                 "finished": answer[-1] in stops,
                 "kl": float(kl[place]),
                 "reward": float(reward[place]),
+                "answer": self.tok.decode(answer, skip_special=True),
             }
             for place, answer in enumerate(answers)
         ]
@@ -163,6 +166,44 @@ def write(folder: pathlib.Path) -> list[Block]:
             Table(["step", "KL from the reference, nats an answer", "reward model's score"], lines),
         ]
     return [*blocks, Picture("plots/dpo.png", "held-out pairs, and reward against KL")]
+
+
+def by_n(rewards: list[list[float]]) -> list[dict]:
+    """Returns of n = 1, 2, 4, ... the mean reward of the best of n, its standard error, and the bound of its KL.
+
+    The mean over all ways to choose n of a prompt's N samples: with rewards in order, the k-th smallest is the best of
+    comb(k - 1, n - 1) of comb(N, n). The bound log n - (n - 1) / n is in nats an answer (arXiv:2401.01879, theorem 1).
+
+    Args:
+      rewards: of each prompt's samples, as many for each.
+    """
+    ordered = np.sort(np.array(rewards, np.float64), axis=1)
+    count, found, n = ordered.shape[1], [], 1
+    while n <= count:
+        weights = [math.comb(k, n - 1) / math.comb(count, n) for k in range(count)]
+        best = ordered @ np.array(weights)
+        error = float(best.std() / np.sqrt(len(best)))
+        found.append({"n": n, "reward": float(best.mean()), "error": error, "kl_bound": math.log(n) - (n - 1) / n})
+        n *= 2
+    return found
+
+
+def plot_by_n(path: pathlib.Path, figures: list[dict]) -> None:
+    """Draws the reward of the best of n against the bound of its KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    bound, reward, error = ([row[name] for row in figures] for name in ("kl_bound", "reward", "error"))
+    axis.errorbar(bound, reward, yerr=error, marker="o", capsize=3)
+    for row in figures:
+        axis.annotate(str(row["n"]), (row["kl_bound"], row["reward"]))
+    axis.set(xlabel="log n - (n - 1) / n, nats", ylabel="reward of the best of n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def plot(path: pathlib.Path, rows: list[tuple[int, float, float, float]], scores: list[dict]) -> None:

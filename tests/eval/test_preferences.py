@@ -1,5 +1,6 @@
 """Figures of agreement with people: against loops and closed forms."""
 
+import itertools
 import types
 
 import numpy as np
@@ -56,3 +57,15 @@ def test_what_does_not_vary_correlates_with_nothing():
 def test_the_frontier_is_the_mean_of_each_step():
     kept = {0: [dict(kl=0.0, reward=1.0), dict(kl=0.0, reward=3.0)], 5: [dict(kl=2.0, reward=4.0)]}
     assert policies.frontier(kept) == [(0, 0.0, 2.0, pytest.approx(1 / np.sqrt(2))), (5, 2.0, 4.0, 0.0)]
+
+
+def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
+    rewards = np.random.default_rng(0).normal(0, 1, (3, 8)).tolist()
+    found = policies.by_n(rewards)
+    assert [row["n"] for row in found] == [1, 2, 4, 8]
+    for row in found:
+        n = row["n"]
+        every = [[max(chosen) for chosen in itertools.combinations(some, n)] for some in rewards]
+        assert row["reward"] == pytest.approx(np.mean(every))
+        assert row["kl_bound"] == pytest.approx(np.log(n) - (n - 1) / n)
+    assert found[0]["kl_bound"] == 0 and found[-1]["reward"] == pytest.approx(np.max(rewards, axis=1).mean())

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import dpo, reward_model
+from experiments import best_of_n, dpo, reward_model
 from qwen_jax import hf, models, sharding
 from qwen_jax.batches import PreferenceBatch
 from qwen_jax.config import LoraConfig
+from qwen_jax.data import formats
 from qwen_jax.data.conversations import Document
 from qwen_jax.data.preferences import Answers, PreferenceRows
 from qwen_jax.errors import InputError
+from qwen_jax.eval import policies
 from qwen_jax.sharding import Layout
 from qwen_jax.training import checkpoint, metrics, samples
 from qwen_jax.training.merging import MergingConfig
@@ -181,3 +183,26 @@ def test_a_judge_without_a_score_head_is_one_line(tmp_path):
     with pytest.raises(InputError, match="base has no score head: expected a reward model") as error:
         dpo.run(smoke, tmp_path / "run", "smoke")
     assert "\n" not in str(error.value)
+
+
+def test_best_of_n_keeps_the_best_that_ended_and_writes_what_sft_reads(scored, tmp_path, monkeypatch):
+    def ended(self, params, key, *, each, max_new_tokens):
+        """Every prompt's answers, of which the likeliest by far did not end."""
+        told = lambda n: dict(reward=float(n), answer=f"answer {n}", finished=n < each - 1)
+        return [told(n) for _ in self.prompts for n in range(each)]
+
+    monkeypatch.setattr(policies.Judge, "samples", ended)
+    figures = best_of_n.run(best_of_n.smoke(), tmp_path / "run", "smoke")
+    assert figures[-1]["n"] == 4 and figures[-1]["reward"] == 3 and figures[0]["reward"] == 1.5
+    lines = [json.loads(line) for line in (tmp_path / "run" / "best.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and {line["messages"][-1]["content"] for line in lines} == {"answer 2"}
+    assert len({line["messages"][0]["content"] for line in lines}) == 4
+    assert formats.conversation(lines[0], formats.detect(lines[0])).messages == lines[0]["messages"]
+    assert "KL, at most" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_best_of_n_of_random_models_reaches_its_report(tmp_path):
+    figures = best_of_n.run(best_of_n.smoke(), tmp_path / "run", "smoke")
+    assert figures[-1]["reward"] > figures[0]["reward"] and (tmp_path / "run" / "best.jsonl").exists()
+    with pytest.raises(InputError, match="--reward is missing"):
+        best_of_n.run(dataclasses.replace(best_of_n.smoke(), reward=""), tmp_path / "other", "smoke")
