@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from experiments import dpo, pretrain, reward_model
-from qwen_jax import models, sharding, tokenizer
+from qwen_jax import sharding, tokenizer
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import preferences
 from qwen_jax.errors import InputError
@@ -63,20 +63,6 @@ def smoke() -> Config:
 RECIPES = {"small": small, "smoke": smoke}
 
 
-def reward_of(config: Config, layout: Layout, tok: tokenizer.Tokenizer) -> tuple[QwenConfig, dict]:
-    """Returns config and parameters of the reward model.
-
-    Raises:
-      InputError: as `dpo.load_reward`, or none was given.
-    """
-    if config.reward == "random":
-        scorer = config.model.replace(head="score")
-        return scorer, models.init(scorer, jax.random.key(config.seed + 1), mesh=layout.mesh)
-    if not config.reward:
-        raise InputError("--reward is missing; expected the workdir or the Hugging Face folder of a reward model")
-    return dpo.load_reward(config.reward, config.model, layout, tok)
-
-
 def run(config: Config, folder, recipe: str) -> list[dict]:
     """Samples, scores, and writes best.jsonl and the report; returns the figures of each n."""
     config = bases.from_base(config, Path(folder))
@@ -86,7 +72,7 @@ def run(config: Config, folder, recipe: str) -> list[dict]:
     folder = workdir.prepare(folder, config, experiment="best_of_n", recipe=recipe, recipes=RECIPES)
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, config.split))
     params = dpo.base_params(config, layout)
-    scorer, reward = reward_of(config, layout, tok)
+    scorer, reward = dpo.load_reward(config.reward, config.model, layout, tok)
     asked = preferences.prompts(config.dataset, config.split, most=config.prompts)
     ids = [tokenizer.chat.render(messages, tok, generation=config.template, add_generation_prompt=True)[0]
            for messages in asked]  # fmt: skip

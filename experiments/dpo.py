@@ -10,6 +10,7 @@ answers against their KL from the reference; the policy itself judges held-out p
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,6 +137,11 @@ def answer_log_probs(params, batch: PreferenceBatch, *, model, layout, dropout: 
     return of_answers(log_probs_BT * batch.loss_mask, batch)
 
 
+def reference_log_probs(batch: PreferenceBatch, params, *, model, layout) -> jax.Array:
+    """`answer_log_probs`, as `comparing.of_each_answer` calls it."""
+    return answer_log_probs(params, batch, model=model, layout=layout)
+
+
 def of_answers(x_BT: jax.Array, batch: PreferenceBatch) -> jax.Array:
     """Returns the sums of x over each answer's tokens, [B, A]."""
     A = batch.groups.shape[1]
@@ -212,25 +218,17 @@ def run(config: Config, folder, recipe: str) -> None:
     key, layout = jax.random.key(config.seed), built.layout
     base = functools.partial(base_params, config, layout)  # of a full run read anew each time: nothing holds it
     frozen = (base(),) if config.lora.rank else ()
+    reference = (lambda: frozen[0]) if frozen else base
     if config.reference == "cached" and config.preference.variant not in WITHOUT_REFERENCE:
-        of_batch = lambda batch, params: answer_log_probs(params, batch, model=config.model, layout=layout)
-        of_base = lambda: (*frozen, *([] if frozen else [base()]))
-        comparing.keep_reference(folder / "reference.npz", data, of_batch, built, of_base, label="dpo")
-    judge = make_judge(config, tok, data, layout, *(frozen or (base(),))) if config.judge.reward else None
-
-    def initial():
-        if config.lora.rank:
-            return built.init(key, *frozen)
-        state = built.start(base(), key)
-        return state if config.merging.kind == "none" else with_direction(config, state, built)
-
-    def sample(params, *frozen):
-        params = models.lora.merge(*frozen, params, config.lora) if frozen else params
-        return judge.samples(params, key, each=config.judge.each, max_new_tokens=config.judge.max_new_tokens)
+        of_batch = functools.partial(reference_log_probs, model=config.model, layout=layout)
+        parts = {"train": data.train} | {f"validation {name}": rows for name, rows in data.validation.items()}
+        comparing.keep_reference(folder / "reference.npz", parts, of_batch, built, reference, label="dpo")
+    judge = make_judge(config, tok, data.validation, layout, reference()) if config.judge.reward else None
 
     state = comparing.fit(
-        built, data.train, data.validation, config=config, workdir=folder, experiment="dpo", initial=initial,
-        frozen=frozen, sample=sample if judge else None, sample_every=config.judge.every,
+        built, data.train, data.validation, config=config, workdir=folder, experiment="dpo",
+        initial=lambda: first_state(config, built, key, frozen), frozen=frozen,
+        sample=judge and sampler(config, judge), sample_every=config.judge.every,
     )  # fmt: skip
     if config.lora.rank:
         hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
@@ -238,30 +236,51 @@ def run(config: Config, folder, recipe: str) -> None:
     say("dpo", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
 
 
-def with_direction(config: Config, state: TrainState, built: program.Program) -> TrainState:
-    """Returns the state of step 0 that knows what fine-tuning had added to the pretrained model."""
+def first_state(config: Config, built: program.Program, key: jax.Array, frozen: tuple) -> TrainState:
+    """Returns the state of step 0; with merging, it knows what fine-tuning had added to the pretrained model."""
+    if config.lora.rank:
+        return built.init(key, *frozen)
+    state = built.start(base_params(config, built.layout), key)
+    if config.merging.kind == "none":
+        return state
     before = pretrained.load_params(config.merging.pretrained, built.state.params)
     begin = functools.partial(merging.begin, config.merging, seed=config.seed)
     where = jax.tree.map(lambda struct: struct.sharding, built.state.opt_state)
     return state._replace(opt_state=jax.jit(begin, out_shardings=where)(state.opt_state, state.params, before))
 
 
-def make_judge(config: Config, tok: tokenizer.Tokenizer, data: comparing.Data, layout: Layout, reference: dict):
+def sampler(config: Config, judge: policies.Judge) -> Callable[..., list[dict]]:
+    """Returns (params, *frozen) -> what the judge says of the policy's answers to held-out prompts."""
+
+    def sample(params, *frozen) -> list[dict]:
+        params = models.lora.merge(*frozen, params, config.lora) if frozen else params
+        key = jax.random.key(config.seed)
+        return judge.samples(params, key, each=config.judge.each, max_new_tokens=config.judge.max_new_tokens)
+
+    return sample
+
+
+def make_judge(config: Config, tok: tokenizer.Tokenizer, held_out: dict, layout: Layout, reference: dict):
     """Returns the `policies.Judge` of the policy's answers to held-out prompts; raises as `load_reward`."""
     prompts, domains = [], []
-    for name, rows in data.validation.items():
-        found = policies.distinct_prompts(rows.answers, -(-config.judge.prompts // len(data.validation)))
+    for name, rows in held_out.items():
+        found = policies.distinct_prompts(rows.answers, -(-config.judge.prompts // len(held_out)))
         prompts, domains = prompts + found[0], domains + [name] * len(found[0])
     scorer, reward = load_reward(config.judge.reward, config.model, layout, tok)
     return policies.Judge(tok, config.model, reference, scorer, reward, prompts, domains, layout)
 
 
 def load_reward(path: str, policy: QwenConfig, layout: Layout, tok: tokenizer.Tokenizer) -> tuple[QwenConfig, dict]:
-    """Returns config and parameters of a reward model, computed in the policy's types.
+    """Returns config and parameters of a reward model, computed in the policy's types; "random" is one nobody trained.
 
     Raises:
-      InputError: where it has no score head, or other tokens than the policy.
+      InputError: where none was given, it has no score head, or other tokens than the policy.
     """
+    if path == "random":
+        scorer = policy.replace(head="score")
+        return scorer, models.init(scorer, jax.random.key(1), mesh=layout.mesh)
+    if not path:
+        raise InputError("no reward model was given; expected the workdir or the Hugging Face folder of one")
     scorer = pretrained.read_config(path).replace(dtype=policy.dtype, param_dtype=policy.param_dtype)
     if scorer.head != "score":
         raise InputError(f"{path} has no score head: expected a reward model")

@@ -55,8 +55,8 @@ class Judge:
 
         Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "kl", the answer's
         log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference), 0 without one;
-        "reward"; and "answer", what the completion says without control tokens. What did not end is scored as if it
-        ended there.
+        "reward"; "ids"; and "answer", what the completion says without control tokens. What did not end is scored as if
+        it ended there.
         """
         asked = [list(prompt) for prompt in self.prompts for _ in range(each)]
         stops = chat.stop_ids(self.tok)
@@ -79,6 +79,7 @@ class Judge:
                 "finished": answer[-1] in stops,
                 "kl": float(kl[place]),
                 "reward": float(reward[place]),
+                "ids": answer,
                 "answer": self.tok.decode(answer, skip_special=True),
             }
             for place, answer in enumerate(answers)

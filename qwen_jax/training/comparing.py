@@ -56,15 +56,19 @@ def data(config: Config, tok: Tokenizer, *, label: str) -> Data:
     Raises:
       InputError: as `preferences.load` and `PreferenceRows`.
     """
-    held_out = config.validation_dataset or config.dataset
     train, told = rows(config, tok, config.dataset, "train")
     for line in told:
         loop.say(label, f"train: {line}")
-    found = {}
-    for name, short in zip(sources.names(held_out), sources.short_names(sources.names(held_out)), strict=True):
+    return Data(train, held_out(config, tok, label=label))
+
+
+def held_out(config: Config, tok: Tokenizer, *, label: str) -> dict[str, PreferenceRows]:
+    """Returns domain -> the rows that each evaluation reads; says and raises as `data`."""
+    dataset, found = config.validation_dataset or config.dataset, {}
+    for name, short in zip(sources.names(dataset), sources.short_names(sources.names(dataset)), strict=True):
         found[short], told = rows(config, tok, name, "validation", most=config.validation_prompts)
         loop.say(label, f"validation: {short}: {told[-1]}")
-    return Data(train, found)
+    return found
 
 
 def rows(
@@ -94,7 +98,7 @@ def batch(config: Config) -> PreferenceBatch:
 
 def fit(
     program: Program,
-    train: PreferenceRows,
+    train: PreferenceRows | loop.Batches,
     validation: Mapping[str, PreferenceRows],
     *,
     config: Config,
@@ -109,7 +113,8 @@ def fit(
 
     Args:
       program: from `program.build`, its batch as `batch` says.
-      train: shuffled by config.seed, shared out over processes, read for ever.
+      train: rows, shuffled by config.seed, shared out over processes, read for ever; or batches that are made as they
+        are needed.
       validation: domain -> rows; every evaluation reads them all.
       config: of the experiment.
       workdir: from `workdir.prepare`.
@@ -121,15 +126,19 @@ def fit(
     Returns:
       The state after the last step.
     """
+    sampled = not isinstance(train, PreferenceRows)
     loop.say(
         experiment,
-        f"{config.model.param_counts()['total']:,} parameters; {len(train):,} rows of {config.length} tokens; "
-        f"{config.loop.steps} steps; mesh {dict(program.layout.mesh.shape)}",
+        f"{config.model.param_counts()['total']:,} parameters; {'sampled' if sampled else f'{len(train):,}'} rows of "
+        f"{config.length} tokens; {config.loop.steps} steps; mesh {dict(program.layout.mesh.shape)}",
     )
     share = sharding.share(program.batch.tokens)
     held_out = functools.partial(loader.evaluation, batch_size=config.batch_size, **share)
-    batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
-    with contextlib.closing(batches):
+    with contextlib.ExitStack() as stack:
+        batches = train
+        if not sampled:
+            batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
+            stack.callback(batches.close)
         return loop.fit(
             program,
             batches,
@@ -146,23 +155,28 @@ def fit(
 
 
 def keep_reference(
-    path: pathlib.Path, made: Data, function: Callable, program: Program, arguments: Callable[[], tuple], *, label: str
+    path: pathlib.Path,
+    parts: Mapping[str, PreferenceRows],
+    function: Callable,
+    program: Program,
+    reference: Callable[[], dict],
+    *,
+    label: str,
 ) -> None:
     """Gives every row the reference model's log-probabilities: those in the file, or they are computed and kept there.
 
     Args:
       path: the file, .npz.
-      made: the rows.
-      function: (batch, *arguments) -> [B, A] float32 log-probability of each answer.
+      parts: name in the file -> rows.
+      function: (batch, parameters) -> [B, A] float32 log-probability of each answer.
       program: its mesh and batch.
-      arguments: gives the reference's parameters; called only where there is no file.
+      reference: gives the reference's parameters; called only where there is no file.
       label: goes before the line that says so.
     """
-    parts = {"train": made.train} | {f"validation {name}": some for name, some in made.validation.items()}
     if not path.exists():
         loop.say(label, f"computing the reference's log-probabilities, once: {path}")
-        given = arguments()
-        found = {name: of_each_answer(function, some, program, *given) for name, some in parts.items()}
+        params = reference()
+        found = {name: of_each_answer(function, some, program, params) for name, some in parts.items()}
 
         def write():
             scratch = path.with_name("reference.partial.npz")
@@ -176,11 +190,11 @@ def keep_reference(
 
 
 def write_report(
-    config: Config, train: PreferenceRows, *, workdir: pathlib.Path, title: str, more: Sequence[Block]
+    config: Config, train: PreferenceRows | None, *, workdir: pathlib.Path, title: str, more: Sequence[Block]
 ) -> None:
     """Writes report.md with the run's curves and what the experiment has to say besides."""
     read = config.loop.steps * config.batch_size
-    budget = report.Budget(read, config.length, 1 - train.efficiency, [read / len(train)])
+    budget = train and report.Budget(read, config.length, 1 - train.efficiency, [read / len(train)])
     report.write(workdir, title=title, budget=budget, unit="nats per comparison", more=more)
 
 

@@ -52,7 +52,11 @@ class LoopConfig:
 
 
 class Batches(Protocol):
-    """Batches with a position: a grain.DatasetIterator, or anything that has these three."""
+    """Batches with a position: a grain.DatasetIterator, or anything that has these three.
+
+    One that has a method `see` besides is given the newest parameters before each batch, to sample from the policy as
+    it is. Its batch n has to be a function of them and of n alone.
+    """
 
     def __next__(self) -> Any: ...
     def get_state(self) -> dict: ...
@@ -167,8 +171,11 @@ class _Run:
         step_fns = self._prepare(state.params, start)
         waiting = None
         self._start_clock(start)
+        see = getattr(batches, "see", None)
         for step in range(start + 1, config.steps + 1):
             with timed("data"):
+                if see is not None:
+                    see(state.params)
                 batch = next(batches)
                 length = jax.tree.leaves(batch)[0].shape[1]
                 batch = sharding.put(batch, self.structs[length])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import best_of_n, dpo, reward_model
+from experiments import best_of_n, dpo, online_dpo, reward_model
 from qwen_jax import hf, models, sharding
 from qwen_jax.batches import PreferenceBatch
 from qwen_jax.config import LoraConfig
@@ -18,6 +18,7 @@ from qwen_jax.data.conversations import Document
 from qwen_jax.data.preferences import Answers, PreferenceRows
 from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
+from qwen_jax.eval import preferences as judged
 from qwen_jax.sharding import Layout
 from qwen_jax.training import checkpoint, metrics, samples
 from qwen_jax.training.merging import MergingConfig
@@ -206,3 +207,40 @@ def test_best_of_n_of_random_models_reaches_its_report(tmp_path):
     assert figures[-1]["reward"] > figures[0]["reward"] and (tmp_path / "run" / "best.jsonl").exists()
     with pytest.raises(InputError, match="--reward is missing"):
         best_of_n.run(dataclasses.replace(best_of_n.smoke(), reward=""), tmp_path / "other", "smoke")
+
+
+def test_online_dpo_learns_from_its_own_best_and_worst_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    smoke = online_dpo.smoke()
+    online_dpo.run(smoke, tmp_path / "whole", "smoke")
+    whole = metrics.read(tmp_path / "whole")
+    assert [row["loss"] for row in whole if "loss" in row][0] == pytest.approx(np.log(2), abs=1e-5)
+    kept = online_dpo.dpo.first_state
+
+    def stopped(self, *, of=online_dpo.Sampled.__next__):
+        if self._index == 1:
+            raise KeyboardInterrupt
+        return of(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(online_dpo.Sampled, "__next__", stopped)
+        online_dpo.run(smoke, tmp_path / "cut", "smoke")
+    monkeypatch.setattr(online_dpo.dpo, "first_state", lambda *_: pytest.fail("it began anew"))
+    online_dpo.run(smoke, tmp_path / "cut", "smoke")
+    monkeypatch.setattr(online_dpo.dpo, "first_state", kept)
+    cut = metrics.read(tmp_path / "cut")
+    assert [row["loss"] for row in cut if "loss" in row] == [row["loss"] for row in whole if "loss" in row]
+
+
+def test_the_best_and_the_worst_of_each_prompt_are_compared():
+    told = lambda reward, *ids: dict(reward=float(reward), ids=list(ids))
+    found = [told(1, 5), told(3, 6, 7), told(2, 8), told(0, 9), told(0, 9), told(0, 9)]
+    answers = online_dpo.best_and_worst([[1, 2], [3]], found, 3)
+    assert [document.ids.tolist() for document in answers.documents] == [[1, 2, 6, 7], [1, 2, 5], [3, 9], [3, 9]]
+    assert answers.documents[0].loss_mask.tolist() == [False, False, True, True]
+    assert answers.values.tolist() == [3, 1, 0, 0] and answers.groups.tolist() == [0, 0, 1, 1]
+    assert len(judged.pairs(answers)) == 1  # equal scores are no comparison
+
+
+def test_rows_too_short_for_what_may_be_sampled_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="length is 256, and the longest prompt with two answers may have"):
+        online_dpo.run(dataclasses.replace(online_dpo.smoke(), max_new_tokens=200), tmp_path / "run", "smoke")
