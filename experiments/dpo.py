@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from experiments import pretrain, reward_model
 from qwen_jax import config as configs
-from qwen_jax import hf, models, objectives, sharding, tokenizer
+from qwen_jax import models, objectives, sharding, tokenizer
 from qwen_jax.batches import Loss, PreferenceBatch
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import datasets, preferences
@@ -218,6 +218,7 @@ def run(config: Config, folder, recipe: str) -> None:
     key, layout = jax.random.key(config.seed), built.layout
     base = functools.partial(base_params, config, layout)  # of a full run read anew each time: nothing holds it
     frozen = (base(),) if config.lora.rank else ()
+    reward_model.keep_random(folder, config, frozen)
     reference = (lambda: frozen[0]) if frozen else base
     if config.reference == "cached" and config.preference.variant not in WITHOUT_REFERENCE:
         of_batch = functools.partial(reference_log_probs, model=config.model, layout=layout)
@@ -231,7 +232,7 @@ def run(config: Config, folder, recipe: str) -> None:
         sample=judge and sampler(config, judge), sample_every=config.judge.every,
     )  # fmt: skip
     if config.lora.rank:
-        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
+        reward_model.save_adapter(folder, config, state.params)
     comparing.write_report(config, data.train, workdir=folder, title=f"dpo {recipe}", more=policies.write(folder))
     say("dpo", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import dpo
-from qwen_jax import hf, models, sharding, tokenizer
+from experiments import dpo, reward_model
+from qwen_jax import models, sharding, tokenizer
 from qwen_jax.batches import PreferenceBatch
 from qwen_jax.data import preferences
 from qwen_jax.data.conversations import Document
@@ -151,6 +151,7 @@ def run(config: Config, folder, recipe: str) -> None:
     )
     reference = dpo.base_params(config, layout)
     frozen = (reference,) if config.lora.rank else ()
+    reward_model.keep_random(folder, config, frozen)
     judge = dpo.make_judge(config, tok, held_out, layout, reference)
     of_reference = None
     if config.reference == "cached" and config.preference.variant not in dpo.WITHOUT_REFERENCE:
@@ -167,7 +168,7 @@ def run(config: Config, folder, recipe: str) -> None:
         sample=dpo.sampler(config, judge), sample_every=config.judge.every,
     )  # fmt: skip
     if config.lora.rank:
-        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
+        reward_model.save_adapter(folder, config, state.params)
     comparing.write_report(config, None, workdir=folder, title=f"online_dpo {recipe}", more=policies.write(folder))
     say("online_dpo", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
 

@@ -24,6 +24,7 @@ from qwen_jax import hf, models, objectives, sharding
 from qwen_jax.batches import Loss, PreferenceBatch
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import datasets, preferences
+from qwen_jax.errors import InputError
 from qwen_jax.eval import preferences as judged
 from qwen_jax.ops.dropout import Dropout
 from qwen_jax.sharding import Layout, MeshConfig
@@ -181,6 +182,10 @@ def build_with(config, model: QwenConfig, loss_fn, layout: Layout, *last) -> pro
     What is `last` comes behind the optimizer.
     """
     lora, rates = config.lora, {"b": config.lora.b_rate} if config.lora.b_rate != 1 else None
+    if lora.quantised:
+        raise InputError(
+            f"lora.quantised is {lora.quantised!r}; expected '': comparisons are learned beside a whole base"
+        )
     trained = dict(init_params=functools.partial(models.init, model), param_axes=models.axes(model))
     if lora.rank:
         trained = dict(
@@ -233,6 +238,7 @@ def run(config: Config, folder, recipe: str) -> dict:
     data = comparing.data(config, tok, label="reward_model")
     key = jax.random.key(config.seed)
     frozen = (base_params(config, built.layout, key),) if config.lora.rank else ()
+    keep_random(folder, config, frozen)
 
     def initial():
         if config.lora.rank:
@@ -244,12 +250,24 @@ def run(config: Config, folder, recipe: str) -> dict:
         frozen=frozen,
     )  # fmt: skip
     if config.lora.rank:
-        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=config.base)
+        save_adapter(folder, config, state.params)
     found = judge(config, built, state.params, tok, frozen)
     blocks = judged.write(folder, found, of=f"{config.validation_dataset or config.dataset}, {config.test_split}")
     comparing.write_report(config, data.train, workdir=folder, title=f"reward_model {recipe}", more=blocks)
     say("reward_model", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
     return judged.figures(found)
+
+
+def save_adapter(folder: Path, config, adapters: dict) -> None:
+    """Keeps the adapters of a LoRA run in peft's format."""
+    base = str(folder / pretrained.BASE) if config.base == "random" else config.base
+    hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, adapters), base=base)
+
+
+def keep_random(folder: Path, config, frozen: tuple) -> None:
+    """Keeps a random base in the run's folder, or its adapters would stand beside nothing."""
+    if frozen and config.base == "random":
+        hf.save(folder / pretrained.BASE, config.model, frozen[0])
 
 
 def judge(config: Config, built: program.Program, params, tok: Tokenizer, frozen: tuple) -> judged.Scored:
