@@ -58,9 +58,9 @@ class Program:
                 raise InputError(f"rows of {length} tokens do not divide {whole}, or cannot be cut into {parts} parts")
             return _struct(jax.ShapeDtypeStruct(shape, struct.dtype), struct.sharding)
 
-        return {
-            length: jax.tree.map(lambda s, length=length: of(s, length), self.batch) for length in lengths or [whole]
-        }
+        if not lengths:
+            return {whole: self.batch}
+        return {length: jax.tree.map(lambda s, length=length: of(s, length), self.batch) for length in lengths}
 
 
 def build(

@@ -205,7 +205,7 @@ def test_best_of_n_keeps_the_best_that_ended_and_writes_what_sft_reads(scored, t
 def test_best_of_n_of_random_models_reaches_its_report(tmp_path):
     figures = best_of_n.run(best_of_n.smoke(), tmp_path / "run", "smoke")
     assert figures[-1]["reward"] > figures[0]["reward"] and (tmp_path / "run" / "best.jsonl").exists()
-    with pytest.raises(InputError, match="--reward is missing"):
+    with pytest.raises(InputError, match="no reward model was given"):
         best_of_n.run(dataclasses.replace(best_of_n.smoke(), reward=""), tmp_path / "other", "smoke")
 
 
