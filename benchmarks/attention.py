@@ -1,18 +1,22 @@
-"""Time of blockwise attention against the reference, forward and backward, float32, on whatever this process runs on.
+"""Time of blockwise attention against the reference and torch, forward and backward, float32.
 
     python benchmarks/attention.py [--runs 7]
 
 Prints one JSON object per case: heads and widths of the CPU comparison configuration (8 query heads, 2 kv heads of 64),
-medians of interleaved runs in milliseconds and their ratio, and the temporary memory of both compiled programs.
+medians of interleaved runs in milliseconds and their ratios, and the temporary memory of our compiled programs. torch's
+scaled_dot_product_attention takes part where torch is installed and this process runs on a CPU; its answer is checked
+to be ours. It is given heads before places, the layout it likes; we are given places before heads, as models have them.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax.ops.attention import attention
 
@@ -45,23 +49,56 @@ def program(backend: str, arguments):
     return jax.jit(run).lower(*arguments).compile()
 
 
+def torch_program(arguments):
+    """Returns the same by torch, on its own copies of q, k, v and d_out; None where it cannot take part."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if jax.default_backend() != "cpu":
+        return None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    q, k, v, d_out = (torch.from_numpy(np.array(x)).transpose(1, 2).contiguous() for x in arguments[:4])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def run():
+        out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        return out, torch.autograd.grad(out, inputs, d_out)
+
+    return run
+
+
+def agree(ours, theirs) -> None:
+    """Stops if the two did not compute the same output and gradients."""
+    for found, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found, other.detach().transpose(1, 2).numpy(), atol=1e-4, rtol=1e-4)
+
+
 def compare(batch: int, length: int, runs: int) -> dict:
-    """Returns the figures of one case; the two programs take turns, so that a busy machine slows both."""
+    """Returns the figures of one case; the programs take turns, so that a busy machine slows all."""
     arguments = inputs(batch, length)
     programs = {backend: program(backend, arguments) for backend in BACKENDS}
-    seconds = {backend: [] for backend in BACKENDS}
+    calls = {backend: lambda run=run: jax.block_until_ready(run(*arguments)) for backend, run in programs.items()}
+    if (theirs := torch_program(arguments)) is not None:
+        agree(calls["blockwise"](), theirs())
+        calls["torch"] = theirs
+    seconds = {name: [] for name in calls}
     for _ in range(runs + 1):
-        for backend, run in programs.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            seconds[backend].append(time.perf_counter() - start)
-    milliseconds = {backend: 1e3 * statistics.median(seconds[backend][1:]) for backend in BACKENDS}  # first: warm-up
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    milliseconds = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}  # first: warm-up
     return {
         "batch": batch,
         "length": length,
         "platform": jax.default_backend(),
-        "milliseconds": {backend: round(value, 1) for backend, value in milliseconds.items()},
-        "blockwise/reference": round(milliseconds["blockwise"] / milliseconds["reference"], 3),
+        "milliseconds": {name: round(value, 1) for name, value in milliseconds.items()},
+        **{
+            f"blockwise/{peer}": round(milliseconds["blockwise"] / milliseconds[peer], 3)
+            for peer in milliseconds
+            if peer != "blockwise"
+        },
         "temporary MB": {b: round(p.memory_analysis().temp_size_in_bytes / 1e6, 1) for b, p in programs.items()},
     }
 
