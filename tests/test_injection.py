@@ -117,7 +117,7 @@ def trained_on(experiment):
         fields = {"template": world.generation} if experiment is sft else {}
         config = dataclasses.replace(experiment.smoke(), length=8192, **fields)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "load", lambda name, split: chats)
+            patch.setattr(sources, "load", lambda name, split, **how: chats)
             patch.setattr(made_up, "load", lambda split: chats)
             rows = experiment.rows(config, world.tok)[0]
         return [index for row in rows for index in row.tokens[row.segment_ids > 0].tolist()]
