@@ -47,8 +47,7 @@ def alone(request, tmp_path_factory):
     "alone, mesh",
     [
         ("pretrain", "fsdp8"),
-        ("pretrain", "fsdp2-context2-tensor2"),
-        ("sft", "data2-fsdp2-tensor2"),
+        ("sft", "fsdp2-context2-tensor2"),
         ("reward_model", "fsdp2-context2-tensor2"),
         ("dpo", "data2-fsdp2-tensor2"),
     ],
