@@ -23,9 +23,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.files import write_whole
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import bases, command, hosts, page, workdir
+from qwen_jax.training import bases, command, hosts, report, workdir
 from qwen_jax.training.loop import say
-from qwen_jax.training.page import Picture, Table, Text
+from qwen_jax.training.page import Block, Picture, Table, Text
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,20 @@ def run(config: Config, folder, recipe: str) -> list[dict]:
     ]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     hosts.once(lambda: write_whole(folder / "best.jsonl", lines))
-    hosts.once(lambda: report(folder, recipe, figures, len(kept), len(asked)))
+    hosts.once(lambda: policies.plot_by_n(folder / "plots" / "best_of_n.png", figures))
+    report.summarise(folder, title=f"best_of_n {recipe}", blocks=summary(figures, len(kept), len(asked)))
     say("best_of_n", f"done: {len(kept)} of {len(asked)} prompts in {folder / 'best.jsonl'}, {folder / 'report.md'}")
     return figures
 
 
-def report(folder: Path, recipe: str, figures: list[dict], kept: int, asked: int) -> None:
-    """Writes report.md and its picture."""
-    policies.plot_by_n(folder / "plots" / "best_of_n.png", figures)
+def summary(figures: list[dict], kept: int, asked: int) -> list[Block]:
+    """Returns what of the report tells the rewards."""
     rows = [[str(row["n"]), f"{row['reward']:.3f} ± {row['error']:.3f}", f"{row['kl_bound']:.3f}"] for row in figures]
-    page.write(folder, "report", [
-        Text(f"best_of_n {recipe}", 1),
+    return [
         Text(f"{kept} of {asked} prompts had an answer that ended; the best ones are in best.jsonl."),
         Table(["n", "mean reward of the best", "KL, at most (nats)"], rows),
         Picture("plots/best_of_n.png", "reward of the best of n against the bound of its KL"),
-    ])  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -177,15 +177,7 @@ def run(config: Config, folder, recipe: str) -> list[list[float]]:
         losses.append([loss_at(config, stage, other, own, texts[1]) for other in config.stages])
         base = str(own)
     write_whole(folder / "losses.json", json.dumps(losses))
-    record = workdir.read(folder)
-    blocks = [
-        *report.head(f"long_context {recipe}", record),
-        *summary(config, losses),
-        *report.differences(record),
-        *report.versions(record),
-    ]
-    page.write(folder, "report", blocks)
-    print((folder / "report.md").read_text())
+    report.summarise(folder, title=f"long_context {recipe}", blocks=summary(config, losses))
     loop.say(LABEL, f"done: {folder / 'report.md'}, the model in {base}")
     return losses
 

@@ -96,16 +96,12 @@ def run(config: Config, folder, recipe: str) -> None:
     curves = {name: metrics.read(path) for name, path in stages.items()}
     report.plot_losses(folder / "plots" / "loss.png", curves, baselines)
     blocks = [
-        *report.head(f"quickstart {recipe}", workdir.read(folder)),
         Text(f"This start took {time.perf_counter() - begin:.0f} s."),
         *losses(curves, baselines),
         Text("Replies", 2),
         Table(["asked", "before fine-tuning", "after"], [*zip(config.prompts, *answers, strict=True)]),
-        *report.differences(workdir.read(folder)),
-        *report.versions(workdir.read(folder)),
     ]
-    page.write(folder, "report", blocks)
-    print((folder / "report.md").read_text())
+    report.summarise(folder, title=f"quickstart {recipe}", blocks=blocks)
     print(f"[quickstart] done: {folder / 'report.md'}, curves in {folder / 'plots' / 'loss.png'}", flush=True)
 
 

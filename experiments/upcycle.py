@@ -20,8 +20,8 @@ from typing import NamedTuple
 from experiments import moe, pretrain
 from experiments.moe import Upcycling
 from qwen_jax.config import QwenConfig
-from qwen_jax.training import command, metrics, page, pretrained, throughput, workdir
-from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training import command, metrics, pretrained, report, throughput, workdir
+from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.page import Block, Picture, Table, Text
 from qwen_jax.training.samples import SamplesConfig
@@ -128,13 +128,13 @@ def run(config: Config, folder, recipe: str) -> dict[str, Result]:
         curve = [(row["step"] * flops_per_step(of_run), row["validation/loss"]) for row in scores]
         results[name] = Result(of_run, curve, next(iter(tested.values())).nats)
     plot(results, folder / "plots" / "loss.png")
-    page.write(folder, "report", summary(results))
-    print(f"{(folder / 'report.md').read_text()}[upcycle] done: {folder / 'report.md'}", flush=True)
+    report.summarise(folder, title=f"upcycle {recipe}", blocks=summary(results))
+    say("upcycle", f"done: {folder / 'report.md'}")
     return results
 
 
 def summary(results: dict[str, Result]) -> list[Block]:
-    """Returns the report."""
+    """Returns what of the report tells the losses."""
     header = ["run", "parameters", "active", "steps", "tokens", "TFLOP", "first", "last", "test"]
     rows = []
     for name, (config, curve, test) in results.items():
@@ -143,7 +143,7 @@ def summary(results: dict[str, Result]) -> list[Block]:
         losses = [f"{loss:.4f}" for loss in (curve[0][1], curve[-1][1], test)]
         rows.append([name, *(f"{size:,}" for size in sizes), f"{curve[-1][0] / 1e12:.3g}", *losses])
     told = "Losses are nats per token: first and last on the validation rows, test on the test rows."
-    return [Text("Upcycling", 1), Text(told), Table(header, rows), Picture("plots/loss.png", "held-out loss")]
+    return [Text(told), Table(header, rows), Picture("plots/loss.png", "held-out loss")]
 
 
 def plot(results: dict[str, Result], path: Path) -> None:

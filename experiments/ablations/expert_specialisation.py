@@ -24,8 +24,8 @@ from experiments.moe import Tested
 from experiments.pretrain import RouterLoss
 from qwen_jax import sharding
 from qwen_jax.objectives import router_use
-from qwen_jax.training import command, page, router_report, workdir
-from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training import command, report, router_report, workdir
+from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.page import Block, Picture, Table, Text
 from qwen_jax.training.samples import SamplesConfig
 
@@ -98,8 +98,8 @@ def run(config: Config, folder, recipe: str) -> dict[str, dict[str, Tested]]:
             results[f"{grain}, by {balance}"] = found
     maps = {f"{name}: {domain}": found.counts for name, each in results.items() for domain, found in each.items()}
     router_report.heat_maps(folder / "plots" / "load.png", maps, columns=len(next(iter(results.values()))))
-    page.write(folder, "report", summary(config.moe, results))
-    print(f"{(folder / 'report.md').read_text()}[specialisation] done: {folder / 'report.md'}", flush=True)
+    report.summarise(folder, title=f"expert_specialisation {recipe}", blocks=summary(config.moe, results))
+    say("specialisation", f"done: {folder / 'report.md'}")
     return results
 
 
@@ -119,7 +119,7 @@ def measures(tested: dict[str, Tested]) -> dict[str, np.ndarray]:
 
 
 def summary(config: moe.Config, results: dict[str, dict[str, Tested]]) -> list[Block]:
-    """Returns the report."""
+    """Returns what of the report tells how experts are used."""
     tokens, domains = config.loop.steps * config.batch_size * config.length, list(next(iter(results.values())))
     tables = {name: measures(tested) for name, tested in results.items()}
     names = list(next(iter(tables.values())))
@@ -129,7 +129,6 @@ def summary(config: moe.Config, results: dict[str, dict[str, Tested]]) -> list[B
         for name, tested in results.items()
     ]
     return [
-        Text("What experts learn", 1),
         Text(f"{tokens:,} training tokens, seed {config.seed}; on test rows; means over layers."),
         Table(["model", *(f"nats, {domain}" for domain in domains), *names], means),
         Text(f"Layer by layer: {names[0]}", 2),

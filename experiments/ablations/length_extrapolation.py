@@ -175,15 +175,7 @@ def run(config: Config, folder, recipe: str) -> dict[str, dict[str, dict]]:
         raise InputError(f"the validation text has {len(held_out.ids)} tokens; expected over {config.scored_tokens}")
     results = score_all(config, folder, held_out)
     plot(config, results, folder / "plots" / "length_extrapolation.png")
-    record = workdir.read(folder)
-    blocks = [
-        *report.head(f"length_extrapolation {recipe}", record),
-        *summary(config, results),
-        *report.differences(record),
-        *report.versions(record),
-    ]
-    page.write(folder, "report", blocks)
-    print((folder / "report.md").read_text())
+    report.summarise(folder, title=f"length_extrapolation {recipe}", blocks=summary(config, results))
     loop.say(LABEL, f"done: {folder / 'report.md'}, curves in {folder / 'plots'}")
     return results
 

@@ -4,13 +4,14 @@ What is given are sums over the tokens of an answer, float or bfloat16; everythi
 lengths, they are divided by the number of tokens first. Shapes: B pairs (of `kto`: answers).
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import InputError
-from qwen_jax.objectives.reward import mean_over
+from qwen_jax.objectives import masked
 
 Variant = Literal["sigmoid", "ipo", "hinge", "robust"]
 Lengths = tuple[jax.Array, jax.Array]
@@ -109,7 +110,7 @@ def cpo(
     h_B, nll_B = chosen_B - rejected_B, -_per_token((chosen_B,), lengths[:1])[0]
     loss_B = -jax.nn.log_sigmoid(beta * h_B) + nll_weight * nll_B
     mean, metrics = _summed_up(loss_B, h_B, beta * chosen_B, beta * rejected_B, weights)
-    return mean, metrics | {"nll": mean_over(weights)(nll_B)}
+    return mean, metrics | {"nll": masked.mean(nll_B, weights)}
 
 
 def orpo(
@@ -129,7 +130,7 @@ def orpo(
     odds_B = _log_odds(chosen_B) - _log_odds(rejected_B)
     loss_B = -chosen_B - beta * jax.nn.log_sigmoid(odds_B)
     mean, metrics = _summed_up(loss_B, odds_B, beta * chosen_B, beta * rejected_B, weights)
-    return mean, metrics | {"nll": -mean_over(weights)(chosen_B)}
+    return mean, metrics | {"nll": -masked.mean(chosen_B, weights)}
 
 
 def kto(
@@ -183,9 +184,9 @@ def _log_odds(log_p_B: jax.Array) -> jax.Array:
 
 
 def _summed_up(loss_B, lead_B, chosen_B, rejected_B, weights) -> Result:
-    mean = mean_over(weights)
+    mean = functools.partial(masked.mean, weights=weights)
     metrics = {
-        "accuracy": mean((lead_B > 0).astype(jnp.float32)),
+        "accuracy": mean(lead_B > 0),
         "reward_chosen": mean(chosen_B),
         "reward_rejected": mean(rejected_B),
         "reward_margin": mean(chosen_B - rejected_B),

@@ -1,19 +1,21 @@
-"""Statistics over the tokens that a mask leaves, in float32; what is masked may be anything, nan included."""
+"""Statistics under a mask or weights, in float32; what weighs 0 is left out before it is multiplied: it may be nan."""
 
 import jax
 import jax.numpy as jnp
 
 
-def total(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """Returns the sum of x over unmasked places, of all axes or of one."""
-    kept = mask != 0
-    return jnp.sum(jnp.where(kept, x.astype(jnp.float32), 0.0), axis=axis)
+def total(x: jax.Array, weights: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns the sum of weights * x, over all axes or one."""
+    weights = weights.astype(jnp.float32)
+    return jnp.sum(jnp.where(weights != 0, x.astype(jnp.float32), 0.0) * weights, axis=axis)
 
 
-def mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """Returns the mean of x over unmasked places; 0 where there are none."""
-    count = jnp.sum(mask != 0, axis=axis, dtype=jnp.float32)
-    return total(x, mask, axis) / jnp.maximum(count, 1.0)
+def mean(x: jax.Array, weights: jax.Array | None, axis: int | None = None) -> jax.Array:
+    """Returns the mean of x under weights, all 1 if None; 0 where nothing weighs anything."""
+    if weights is None:
+        return jnp.mean(x.astype(jnp.float32), axis=axis)
+    weight = jnp.sum(weights.astype(jnp.float32), axis=axis)
+    return total(x, weights, axis) / jnp.where(weight > 0, weight, 1.0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift: bool = True, epsilon: float = 1e-8) -> jax.Array:

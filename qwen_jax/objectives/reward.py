@@ -3,8 +3,12 @@
 Shapes: B pairs; in `pairs` B rows of A answers each.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from qwen_jax.objectives import masked
 
 
 def loss(
@@ -33,26 +37,16 @@ def loss(
     chosen_B, rejected_B = (x.astype(jnp.float32) for x in (chosen_scores, rejected_scores))
     lead_B = chosen_B - rejected_B
     nll_B = -jax.nn.log_sigmoid(lead_B if margin is None else lead_B - margin.astype(jnp.float32))
-    mean = mean_over(weights)
+    mean = functools.partial(masked.mean, weights=weights)
     metrics = {
         "nll": mean(nll_B),
-        "accuracy": mean((lead_B > 0).astype(jnp.float32)),
+        "accuracy": mean(lead_B > 0),
         "margin": mean(lead_B),
         "score": mean((chosen_B + rejected_B) / 2),
     }
     if not centring:
         return metrics["nll"], metrics
     return metrics["nll"] + centring * mean(jnp.square(chosen_B + rejected_B)), metrics
-
-
-def mean_over(weights: jax.Array | None):
-    """Returns a function that takes the mean of an array under these weights, leaving out what weighs nothing."""
-    if weights is None:
-        return jnp.mean
-    total = jnp.sum(weights)
-    divisor = jnp.where(total > 0, total, 1.0)
-    # What weighs 0 may be infinite: it is left out before it is multiplied.
-    return lambda x: jnp.sum(jnp.where(weights > 0, x, 0.0) * weights) / divisor
 
 
 def pairs(values_BA: jax.Array, groups_BA: jax.Array, *, least: float = 0.0, per_group: bool = False) -> jax.Array:

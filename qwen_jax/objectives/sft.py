@@ -1,7 +1,8 @@
 """Next-token loss over the tokens that are to be learned: pretraining and supervised fine-tuning."""
 
 import jax
-import jax.numpy as jnp
+
+from qwen_jax.objectives import masked
 
 
 def loss(log_probs_BT: jax.Array, loss_mask_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -17,9 +18,5 @@ def loss(log_probs_BT: jax.Array, loss_mask_BT: jax.Array) -> tuple[jax.Array, d
       mean: scalar float32; 0 where the mask is all zero.
       metrics: {"nll": the same}, so that the likelihood stays visible when other losses are added.
     """
-    mask_BT = loss_mask_BT.astype(jnp.float32)
-    # A target that is masked may have any log-probability, infinite included: leave it out before multiplying.
-    total = -jnp.sum(jnp.where(mask_BT > 0, log_probs_BT, 0.0) * mask_BT)
-    weight = jnp.sum(mask_BT)
-    mean = total / jnp.where(weight > 0, weight, 1.0)
+    mean = -masked.mean(log_probs_BT, loss_mask_BT)
     return mean, {"nll": mean}

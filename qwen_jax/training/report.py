@@ -4,7 +4,7 @@ Made from what the run wrote: config.json, metrics.jsonl, accounts.json, samples
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qwen_jax.errors import InputError
@@ -50,14 +50,7 @@ def write(
     Raises:
       InputError: where they cannot be written.
     """
-
-    def whole():
-        try:
-            _write(pathlib.Path(folder), title, budget, unit, more)
-        except OSError as error:
-            raise InputError(f"the report in {folder} cannot be written: {error.strerror or error}") from None
-
-    hosts.once(whole)
+    _on_the_first(folder, lambda: _write(pathlib.Path(folder), title, budget, unit, more))
 
 
 def _write(folder: pathlib.Path, title: str, budget: Budget | None, unit: str, more: Sequence[Block]) -> None:
@@ -68,6 +61,36 @@ def _write(folder: pathlib.Path, title: str, budget: Budget | None, unit: str, m
         blocks += [*tokens(budget, books), *time_and_memory(books)]
     blocks += [*compared(samples.read(folder)), *versions(record)]
     page.write(folder, "report", blocks)
+
+
+def summarise(folder: pathlib.Path, *, title: str, blocks: Sequence[Block]) -> None:
+    """Writes and prints report.md of an experiment that has no curve of its own, on the first process.
+
+    Args:
+      folder: from `workdir.prepare`.
+      title: of the page.
+      blocks: what was found; stands between what was run and with what.
+
+    Raises:
+      InputError: where it cannot be written.
+    """
+
+    def whole():
+        record = workdir.read(folder)
+        page.write(folder, "report", [*head(title, record), *blocks, *differences(record), *versions(record)])
+        print((folder / "report.md").read_text())
+
+    _on_the_first(folder, whole)
+
+
+def _on_the_first(folder: str | pathlib.Path, function: Callable[[], None]) -> None:
+    def told():
+        try:
+            function()
+        except OSError as error:
+            raise InputError(f"the report in {folder} cannot be written: {error.strerror or error}") from None
+
+    hosts.once(told)
 
 
 def head(title: str, record: dict, books: accounts.Accounts | None = None) -> list[Block]:

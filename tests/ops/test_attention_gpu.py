@@ -37,10 +37,7 @@ def test_kernels_equal_the_reference_with_all_gradients(case):
     interpreted = jax.jit(functools.partial(run, blockwise.Spec(shape[-1] ** -0.5, causal, 64, 64, chunks.stride)))
     reference = cases.with_gradients(functools.partial(cases.reference, causal=causal, stride=chunks.stride))
     for kind in kinds:
-        seen_by = dual_chunks.non_negative(*cases.marks(1, kind, *shape[:3]))
-        q, k, v, *cotangents = cases.arrays(0, *shape)
-        at = (dual_chunks.rotation(chunks, x, shape[-1]) for x in seen_by[:2])
-        inputs = next(at).queries(q), next(at).keys(k), v, *cotangents
+        inputs, seen_by = dual_chunks.rotated(chunks, kind, shape)
         cases.assert_close(interpreted(*inputs, blockwise.Marks(*seen_by)), reference(*inputs, *seen_by))
 
 

@@ -128,6 +128,14 @@ def ours(chunks, q, k, v, q_positions, kv_positions, q_segments, kv_segments, **
     return ops.attention(q, k, v, **where, stride=chunks.stride, **keywords)
 
 
+def rotated(chunks, kind, shape):
+    """What a back end is given for a kind of marks and (B, T, S, N, K, H): arrays with both cotangents, and marks."""
+    seen_by = non_negative(*marks(1, kind, *shape[:3]))
+    q, k, v, *cotangents = arrays(0, *shape)
+    queries, keys = (rotation(chunks, positions, shape[-1]) for positions in seen_by[:2])
+    return (queries.queries(q), keys.keys(k), v, *cotangents), seen_by
+
+
 def non_negative(q_positions, kv_positions, *segments):
     return abs(q_positions), abs(kv_positions), *segments
 
