@@ -95,7 +95,15 @@ def test_a_conversation_grows_and_new_starts_over(model, scripted):
     assert "first" not in scripted[2] and said not in scripted[2] and "third" in scripted[2]
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(model, scripted):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of SIGINT, which a shell that starts the tests in the background takes away."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(model, scripted, ctrl_c):
     screen = Screen(interrupt_after=5)  # the hint, its newline, and three pieces
     chat.converse(model, script("first", KeyboardInterrupt, "second", "/exit", "never"), screen)
     assert "(stopped)" in screen.getvalue() and "Ctrl-D or /exit leaves" in screen.getvalue()
