@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from qwen_jax import sharding
 from qwen_jax.ops.exchange import exchanged_experts
 from qwen_jax.ops.experts import experts
-from tests.ops.test_experts import case, differentiated
+from tests.ops.test_experts import case, gradients_of
 
 E, K = 8, 3
 LOADS = {
@@ -28,13 +28,24 @@ def exchanged(devices: int, room: float):
     return jax.shard_map(local, mesh=mesh, in_specs=(part,) * 4, out_specs=part, check_vma=False)
 
 
+def compiled(function):
+    return jax.jit(function), gradients_of(function)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return compiled(experts)
+
+
+@pytest.fixture(scope="module", params=[(4, 1.25), (8, 0.3)], ids=lambda split: "{} devices, room {}".format(*split))
+def split(request):
+    return compiled(exchanged(*request.param))
+
+
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("devices, room", [(4, 1.25), (8, 0.3)])
-def test_values_and_gradients_are_those_of_one_device(load, devices, room):
+def test_values_and_gradients_are_those_of_one_device(load, split, alone):
     arguments = case(64, E, K, choose=LOADS[load])
-    split = exchanged(devices, room)
-    found = jax.jit(split)(*arguments), differentiated(split, *arguments)
-    expected = jax.jit(experts)(*arguments), differentiated(experts, *arguments)
+    found, expected = ([program(*arguments) for program in programs] for programs in (split, alone))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 

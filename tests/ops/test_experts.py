@@ -55,10 +55,16 @@ CASES = {
 }
 
 
-def differentiated(function, x, gates, choice, weights):
-    d_out = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
-    run = lambda x, gates, weights: jnp.sum(function(x, gates, choice, weights) * d_out)
-    return jax.jit(jax.grad(run, (0, 1, 2)))(x, gates, weights)
+def gradients_of(function):
+    """Returns (x, gates, choice, weights) -> the gradients, compiled once for all choices of a shape."""
+    run = lambda x, gates, weights, choice, d_out: jnp.sum(function(x, gates, choice, weights) * d_out)
+    compiled = jax.jit(jax.grad(run, (0, 1, 2)))
+
+    def gradients(x, gates, choice, weights):
+        d_out = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
+        return compiled(x, gates, weights, choice, d_out)
+
+    return gradients
 
 
 @pytest.fixture(params=["tiles", "gmm_tpu"])
@@ -73,7 +79,7 @@ def back_end(request, monkeypatch):
 def test_values_are_those_of_the_loop_and_gradients_those_of_the_dense_product(name, back_end):
     arguments = case(**CASES[name])
     np.testing.assert_allclose(jax.jit(experts)(*arguments), by_hand(*arguments), atol=1e-5)
-    found, expected = differentiated(experts, *arguments), differentiated(for_all, *arguments)
+    found, expected = gradients_of(experts)(*arguments), gradients_of(for_all)(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), found, expected)
 
 
@@ -132,7 +138,7 @@ def arrays_in(jaxpr):
 def test_no_array_has_tokens_and_experts_and_a_width():
     R, E, K = 256, 32, 2
     arguments = case(R, E, K)
-    jaxpr = jax.make_jaxpr(functools.partial(differentiated, experts))(*arguments).jaxpr
+    jaxpr = jax.make_jaxpr(gradients_of(experts))(*arguments).jaxpr
     largest = max(array.size for array in arrays_in(jaxpr))
     places = R * K + E * (tiles.ALIGNMENT - 1)
     assert largest <= max(1.5 * places * F, E * D * F) < R * E * D
