@@ -3,12 +3,16 @@
 import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from tests.hosts import FAST_COMPILE
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile far more than they compute
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The workers, the programs they start and the next run compile the same small steps: each is compiled once. The
-# cache's key is the whole program, jaxlib's version and the flags, so a change is never met by an old executable.
+# The workers, the programs they start and the next run compile the same small steps: each is compiled once, and even
+# the smallest takes a third of the time to read. The cache's key is the whole program, jaxlib's version and the flags,
+# so a change is never met by an old executable.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
@@ -17,7 +21,6 @@ import pytest
 from qwen_jax import config, sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they compute
 
 # Three ways to cut 8 devices that together split every axis a dense model has.
 MESHES = {

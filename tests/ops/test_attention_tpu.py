@@ -153,7 +153,9 @@ def test_auto_inside_shard_map_compiles_to_the_kernels_for_a_tpu(topology, strid
     import libtpu
 
     environment = dict(os.environ, TPU_LIBRARY_PATH=libtpu.get_library_path(), TPU_SKIP_MDS_QUERY="1")
-    environment |= dict(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="true", XLA_FLAGS="")
+    environment |= dict(
+        JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="true", XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0"
+    )
     command = [sys.executable, "-c", AHEAD_OF_TIME, topology, str(stride)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

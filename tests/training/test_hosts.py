@@ -21,7 +21,6 @@ import dataclasses
 from experiments import pretrain
 from tests.training.test_hosts import MESHES, SAMPLES
 
-jax.config.update("jax_disable_most_optimizations", True)
 for name, mesh in MESHES.items():
     asked = SAMPLES if name == "fsdp4" else pretrain.smoke().samples
     pretrain.run(dataclasses.replace(pretrain.smoke(), mesh=mesh, samples=asked), f"{words[0]}/{name}", "smoke")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.training import checkpoint, metrics
+from tests.hosts import FAST_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
@@ -30,7 +31,7 @@ def start(folder, *wrapper):
         str(folder),
         *flags.split(),
     ]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # one device
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE}  # one device
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
