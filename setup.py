@@ -43,5 +43,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm_eval>=0.4.13"],  # pandas, scikit-learn and their like come with it: no test needs them
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
+        # The compilers for TPUs and GPUs, which run on any CPU machine: launch.dry_run. Of CUDA the plugin suffices.
+        "aot": ["jax[tpu]>=0.10.2,<0.11", "jax-cuda12-plugin>=0.10.2,<0.11", "jax-cuda12-pjrt>=0.10.2,<0.11"],
     },
 )

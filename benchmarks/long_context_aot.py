@@ -1,8 +1,8 @@
 """qwen2.5-7b-1m compiled ahead of time for TPU slices: prefill of 1,048,576 tokens, a training step of 262,144 tokens.
 
-    python -m benchmarks.long_context_aot --slices v5p:2x2x4 --out docs/results/long_context_aot/v5p.json
+    python -m benchmarks.long_context_aot --slices v5p-32 --out docs/results/long_context_aot/v5p.json
 
-Needs `libtpu` (the extra `tpu`), no TPU. A program that does not fit a chip's memory does not compile: the compiler's
+Needs `libtpu` (the extra `aot`), no TPU. A program that does not fit a chip's memory does not compile: the compiler's
 own words are then the result. The sequence is one row, split over the axis fsdp like the parameters; heads over tensor.
 Bytes per chip are the compiler's. FLOPs are counted, as the compiler sees neither into kernels nor how often a loop
 runs: 2 per weight of a product and token, and for attention the pairs of blocks that the kernel's own walk visits at
@@ -13,18 +13,18 @@ runs the forward twice.
 import dataclasses
 import functools
 import json
-import os
-import time
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.experimental import topologies
 
 from experiments import pretrain
+from launch import compilers, figures, reports, topologies
 from qwen_jax import config, models, sharding
 from qwen_jax.batches import LMBatch
+from qwen_jax.errors import InputError
 from qwen_jax.models.decoder import Decoder, KVCache, head
 from qwen_jax.ops import blockwise
 from qwen_jax.ops.kernels import flash_tpu
@@ -43,17 +43,17 @@ class Options:
 
     Attributes:
         out: JSON file, rewritten after every program.
-        slices: names of topologies.
+        slices: names of topologies: see `launch.topologies`.
         programs: of LENGTHS.
     """
 
     out: Path
-    slices: tuple[str, ...] = ("v5e:8x8", "v5e:16x16", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x8", "v6e:8x8")
+    slices: tuple[str, ...] = ("v5e-64", "v5e-256", "v5p-32", "v5p-128", "v6e-32", "v6e-64")
     programs: tuple[str, ...] = tuple(LENGTHS)
 
 
 def prefill(layout: Layout):
-    """Returns the lowered prefill of one prompt: logits of its last token, and the cache of all keys and values."""
+    """Returns the prefill of one prompt, and its arguments: logits of the last token, the cache of keys and values."""
     c, length = MODEL.replace(param_dtype="bfloat16"), LENGTHS["prefill"]
     struct = lambda x, names: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(names, x.shape))
     params = jax.tree.map(struct, models.abstract(c), models.axes(c))
@@ -70,11 +70,11 @@ def prefill(layout: Layout):
         logits_BV = jnp.einsum("BD,VD->BV", hidden_BTD[:, -1], head(c, params, layout).astype(hidden_BTD.dtype))
         return logits_BV, cache.k, cache.v
 
-    return jax.jit(run, out_shardings=(None, of_cache, of_cache)).lower(params, tokens_BT)
+    return jax.jit(run, out_shardings=(None, of_cache, of_cache)), (params, tokens_BT)
 
 
 def train(layout: Layout):
-    """Returns the lowered step of one row: AdamW with float32 masters, the state donated, every layer recomputed."""
+    """Returns the step of one row, and its arguments: AdamW, float32 masters, the state donated, layers recomputed."""
     model, ints = MODEL.replace(remat="full"), jax.ShapeDtypeStruct((1, LENGTHS["train"]), jnp.int32)
     floats = jax.ShapeDtypeStruct(ints.shape, jnp.float32)
     built = program.build(
@@ -85,7 +85,7 @@ def train(layout: Layout):
         batch=LMBatch(tokens=ints, targets=ints, loss_mask=floats, segment_ids=ints, positions=ints),
         layout=layout,
     )
-    return built.train_step.lower(built.state, built.batch)
+    return built.train_step, (built.state, built.batch)
 
 
 def logits_visited(length: int, parts: int) -> tuple[list[int], int]:
@@ -123,54 +123,34 @@ def flops(name: str, parts: int, chips: int) -> dict:
     }
 
 
-def compile_for(name: str, topology: str) -> dict:
+def compile_for(name: str, slice_name: str) -> dict:
     """Returns what the compiler says of one program on one slice."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    shape = MeshConfig(fsdp=len(devices) // TENSOR, tensor=TENSOR)
-    layout, start = Layout(sharding.make_mesh(shape, devices), RULES), time.perf_counter()
-    row = {
-        "program": name,
-        "tokens": LENGTHS[name],
-        "slice": topology,
-        "chips": len(devices),
-        "chip": devices[0].device_kind,
-    }
+    topology = topologies.parse(slice_name)
+    shape = MeshConfig(fsdp=topology.chips // TENSOR, tensor=TENSOR)
+    layout = Layout(sharding.make_mesh(shape, compilers.devices(topology)), RULES)
+    row = {"program": name, "tokens": LENGTHS[name], "slice": slice_name, "chips": topology.chips}
     row |= {"mesh": {"fsdp": shape.fsdp, "tensor": shape.tensor}}
-    try:
-        compiled = {"prefill": prefill, "train": train}[name](layout).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return row | {"fits": False, "compiler": str(error).split("\n")[0][:300]}
-    memory = compiled.memory_analysis()
-    sizes = {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")}
-    text = compiled.as_text()
-    kernels = text.count('custom_call_target="tpu_custom_call"')
-    return row | {
-        "fits": True,
-        "bytes per chip": sizes | {"peak": memory.peak_memory_in_bytes},
-        "attention kernels in the program": kernels,
-        "FLOPs": flops(name, shape.fsdp, len(devices)),
-        "seconds to compile": round(time.perf_counter() - start, 1),
-    }
+    function, arguments = {"prefill": prefill, "train": train}[name](layout)
+    found = figures.compile_function(function, arguments, topology.of_chip)
+    return row | reports.of_function(found, topology.of_chip) | {"counted": flops(name, shape.fsdp, topology.chips)}
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
     """Compiles one program after the other and rewrites the report after each."""
-    import libtpu
-
-    os.environ |= {"TPU_LIBRARY_PATH": libtpu.get_library_path(), "TPU_SKIP_MDS_QUERY": "1"}
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
-    jax.config.update("jax_platforms", "cpu")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in options.programs:
         for topology in options.slices:
-            rows.append(compile_for(name, topology))
-            report = {"model": "qwen2.5-7b-1m", "jax": jax.__version__, "libtpu": libtpu.__version__, "programs": rows}
+            try:
+                rows.append(compile_for(name, topology))
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            report = {"model": "qwen2.5-7b-1m"} | reports.versions(topologies.parse(topology)) | {"programs": rows}
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             print(json.dumps(rows[-1]), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(main(tyro.cli(Options)))

@@ -10,7 +10,7 @@ reads base and adapters.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,25 @@ def qwen2() -> Config:
     )
 
 
+def qwen2_size(name: str) -> Callable[[], Config]:
+    """Returns the recipe of `qwen2` for a larger model, whose hyper-parameters are published for all sizes at once."""
+
+    def recipe() -> Config:
+        return dataclasses.replace(qwen2(), model=configs.get(name).replace(remat="full"))
+
+    recipe.__doc__ = f"`qwen2` for {name}; the mesh for a slice is in docs/results/dry_run."
+    return recipe
+
+
+def qwen3_235b_a22b() -> Config:
+    """Qwen3-235B-A22B on the rows and the rates of `qwen2`: of its own fine-tuning (arXiv:2505.09388, section 4) the
+    report gives none.
+    """
+    return dataclasses.replace(
+        qwen2(), model=configs.get("qwen3-235b-a22b").replace(remat="full"), template="qwen3", batch_size=128
+    )
+
+
 def qwen_lora() -> Config:
     """LoRA as QwenLM/Qwen's finetune_lora_single_gpu.sh (qwen_jax.config has its target names); give --base, --dataset.
 
@@ -195,6 +214,9 @@ RECIPES = {
     "smoke": smoke,
     "qwen-chat": qwen_chat,
     "qwen2": qwen2,
+    "qwen2-72b": qwen2_size("qwen2-72b"),
+    "qwen2-57b-a14b": qwen2_size("qwen2-57b-a14b"),
+    "qwen3-235b-a22b": qwen3_235b_a22b,
     "qwen-lora": qwen_lora,
     "qwen-q-lora": qwen_q_lora,
     "chatml-4000": chatml_4000,

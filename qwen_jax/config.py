@@ -71,10 +71,11 @@ class QwenConfig:
     remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, everything
     scan_layers: bool = True  # one compiled layer run num_hidden_layers times; False unrolls
     attention: str = "auto"  # back end of ops.attention
+    vocabulary_chunks: int = 8  # pieces in which the vocabulary is scored: more hold less memory
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "vocabulary_chunks"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"QwenConfig.{name} is {value!r}; expected a whole number of at least 1")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.errors import InputError
@@ -54,15 +55,21 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     """Returns a mesh over all devices, or over `devices`, with the axes of AXES.
 
     Axes are Auto: the compiler propagates shardings. (`jax.make_mesh` alone would make them Explicit, where a
-    constraint only asserts.)
+    constraint only asserts.) Devices of several TPU slices are laid out so that only one axis crosses from slice to
+    slice: data, where the number of slices divides it, else fsdp.
 
     Raises:
       InputError: where the sizes do not multiply to the number of devices, or do not fit how a slice is wired.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+        if slices > 1:
+            within, across = _over_slices(sizes, slices)
+            return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
     except NotImplementedError:  # an axis would have to be a part of one side of the slice
         text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
         sides = "x".join(str(1 + max(side)) for side in zip(*(device.coords for device in devices), strict=True))
@@ -70,6 +77,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
             f"mesh has {text}, which does not fit a slice of {sides} chips; expected each axis to be a product of some "
             "of its sides"
         ) from None
+
+
+def _over_slices(sizes: tuple[int, ...], slices: int) -> tuple[list[int], list[int]]:
+    """Returns the sizes of the axes within a slice, and over how many slices each goes."""
+    within, across = list(sizes), [1] * len(AXES)
+    for index, axis in enumerate(AXES):
+        if axis in ("data", "fsdp") and sizes[index] % slices == 0:
+            within[index], across[index] = sizes[index] // slices, slices
+            return within, across
+    raise InputError(
+        f"mesh has data={sizes[0]}, fsdp={sizes[1]} over {slices} slices; expected one of them to be a multiple of that"
+    )
 
 
 @dataclass(frozen=True)

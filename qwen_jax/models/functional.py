@@ -169,23 +169,20 @@ def log_probs(
     prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
     dropout: Dropout | None = None,
-    chunks: int = 8,
 ) -> jax.Array:
     """Returns log p(targets[b, t] | tokens[b, :t+1]) as [B, T] float32, chunked over the vocabulary.
 
     Args as in `forward`, and:
       targets: [B, T] int32, each a valid id.
       dropout: what to drop, and the key; None drops nothing.
-      chunks: pieces of the vocabulary; more hold less memory.
     """
     return log_probs_and_routing(
         config, params, tokens, targets,
         positions=positions, segment_ids=segment_ids, prompt_lengths=prompt_lengths, layout=layout, dropout=dropout,
-        chunks=chunks,
     )[0]  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "chunks"))
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
 def log_probs_and_routing(
     config: QwenConfig,
     params: dict,
@@ -197,7 +194,6 @@ def log_probs_and_routing(
     prompt_lengths: jax.Array | None = None,
     layout: Layout = ONE_DEVICE,
     dropout: Dropout | None = None,
-    chunks: int = 8,
 ) -> tuple[jax.Array, Routing | None]:
     """Returns what `log_probs` does, and what the routers did, for `objectives.balance`.
 
@@ -208,7 +204,7 @@ def log_probs_and_routing(
     """
     hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, dropout, layout=layout)
     found_BT = token_log_probs(
-        hidden_BTD, head(config, params, layout), targets, chunks=chunks, parts=layout.size("vocab"),
+        hidden_BTD, head(config, params, layout), targets, chunks=config.vocabulary_chunks, parts=layout.size("vocab"),
         rows=head_rows(config, params),
     )  # fmt: skip
     return found_BT, routing

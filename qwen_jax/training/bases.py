@@ -11,6 +11,8 @@ from qwen_jax.data import sources
 from qwen_jax.errors import InputError
 from qwen_jax.training import control_rows, pretrained, workdir
 
+HOW = ("dtype", "param_dtype", "remat", "scan_layers", "attention", "vocabulary_chunks")  # how a model is computed
+
 
 class Config(Protocol):
     """The fields that an experiment on a base has among its own; a frozen dataclass."""
@@ -38,7 +40,7 @@ def from_base(config: C, folder: Path) -> C:
     if not config.base:
         raise InputError('--base is missing; expected a Hugging Face folder, the workdir of a run, or "random"')
     shape = pretrained.read_config(folder if (folder / "tokenizer").exists() else config.base)
-    how = {name: getattr(config.model, name) for name in ("dtype", "param_dtype", "remat", "scan_layers", "attention")}
+    how = {name: getattr(config.model, name) for name in HOW}
     return dataclasses.replace(config, base=str(Path(config.base).absolute()), model=shape.replace(**how))
 
 

@@ -24,7 +24,7 @@ from qwen_jax.training import hosts
 # Where a run lives, how it is computed and how often it reports may change between two starts; what it computes, not.
 FREE_TO_CHANGE = {
     *("mesh", "samples"),
-    *("remat", "attention", "scan_layers"),
+    *("remat", "attention", "scan_layers", "vocabulary_chunks"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped"),
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "tiktoken")

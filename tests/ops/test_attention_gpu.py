@@ -17,7 +17,7 @@ from qwen_jax.ops.kernels import flash_gpu
 from tests.ops import test_attention as cases
 from tests.ops import test_dual_chunk as dual_chunks
 
-H100 = Path(__file__).parents[1] / "golden" / "h100.txtpb"
+H100 = Path(__file__).parents[2] / "launch" / "h100.txtpb"
 CASES = {  # chunks, (B, T, S, N, K, H), causal, marks
     "plain": (DualChunk(), (2, 100, 140, 4, 2, 16), True, ("packed", "random")),
     "not causal": (DualChunk(), (1, 70, 70, 3, 1, 16), False, ("packed",)),
