@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: goes to the repository's root and makes .venv with the project in it, once.
 # Usage: source environment.sh EXTRAS   (such as "test"; may be empty)
 set -euo pipefail

@@ -6,6 +6,7 @@
 if [ -n "${WORKDIR:-}" ] && [[ $WORKDIR != /* ]]; then
   WORKDIR=$PWD/$WORKDIR # environment.sh goes to the repository
 fi
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment ""
 recipe=cpu

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests, in parallel on all cores; makes the environment if needed.
 #   bash launch/test.sh [pytest flags], such as tests/models or -k packing
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment "test"
 echo "[test] running pytest on all cores"
