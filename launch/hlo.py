@@ -113,7 +113,7 @@ class Program:
                 step.update(self._kernel(each))
             elif moved := self._collective(each, inside):
                 seen.setdefault(moved[0], []).append(moved[1:])
-        for found in seen.values():  # the start, the middle and the end of an asynchronous one are of one channel
+        for found in seen.values():  # the start, the middle and the end of an asynchronous one are of one chain
             kind, link, size, hides = found[0]
             step["collective", kind, link, hides or len(found) > 1] += size
         return step, rounds
@@ -165,7 +165,7 @@ class Program:
         return {("kernel", kind): flops}
 
     def _collective(self, each: Instruction, inside: str) -> tuple[str, str, str, float, bool] | None:
-        """Returns channel, kind, link, bytes, and whether it may hide behind work; None of anything else."""
+        """Returns chain, kind, link, bytes, and whether it may hide behind work; None of anything else."""
         if each.op == "send" and "_xla_megascale" in each.line:
             kind = re.search(r'transfer_type="(\w+)"', each.line)[1].lower().replace("_", "-")
             return each.name, kind, "dcn", size(self.shapes[each.operands[0]]), True
@@ -177,8 +177,8 @@ class Program:
         given, made = sum(size(self.shapes.get(name, "")) for name in each.operands), size(each.shape)
         if starts and each.shape.startswith("("):
             made -= given  # a start's shape holds its operands too
-        channel = (re.search(r"channel_id=(\d+)", each.line) or ("", each.name))[1]
-        return channel, kind, self._link(each.line), float(max(given, made)), starts
+        chain = (re.search(r'chain_id="(\d+)"', each.line) or ("", each.name))[1]
+        return chain, kind, self._link(each.line), float(max(given, made)), starts
 
     def _link(self, line: str) -> str:
         """Returns whether a collective stays within what is wired directly."""
