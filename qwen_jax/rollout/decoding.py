@@ -1,7 +1,7 @@
 """The sampling loop as pure functions: read the prompts, then one token a step until every row has stopped.
 
-Shapes: B rows, T prompt slots, M answer slots, S = T + M cache slots, L layers, D model width, K kv heads, H head dim,
-V vocabulary, E stop ids.
+Shapes: N prompts, B rows (N times the samples of each), T prompt slots, M answer slots, S = T + M cache slots, L
+layers, D model width, K kv heads, H head dim, V vocabulary, E stop ids.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Request(NamedTuple):
     """What a program takes beside the weights. Nothing here is compiled in but the shapes.
 
     Attributes:
-      tokens: [B, T] int32 left-padded prompts.
-      lengths: [B] int32 their lengths, 0 for rows that only fill the batch.
+      tokens: [N, T] int32 left-padded prompts.
+      lengths: [N] int32 their lengths, 0 for those that only fill the batch.
       key: row i draws with fold_in(key, first_row + i).
       first_row: scalar int32.
       stop_ids: [E] int32; a row ends with the first of these that it samples.
@@ -74,35 +74,39 @@ class Engine:
       config: the model, as its decoder for sampling runs it.
       layout: mesh and rules.
       plan: the steps of sampling.
-      slots: M, room for the answer.
+      room: M, room for the answer.
+      samples: answers to each prompt, which is read once for all of them.
       piece: how many tokens of a prompt are read at a time, about: activations of more never exist at once.
     """
 
     config: QwenConfig
     layout: Layout
     plan: Plan
-    slots: int
+    room: int
+    samples: int
     piece: int
 
     def start(self, weights: dict, request: Request) -> State:
         """Reads the prompts and samples the first token of every row."""
-        B, T = request.tokens.shape
-        real_BT = jnp.arange(T)[None, :] >= T - request.lengths[:, None]
-        positions_BT = jnp.maximum(jnp.arange(T)[None, :] - (T - request.lengths[:, None]), 0)
-        hidden_BD, cache = self._read_prompts(weights, request, positions_BT, real_BT.astype(jnp.int32))
-        nothing_BM = jnp.zeros((B, self.slots), jnp.float32)
+        N, T = request.tokens.shape
+        real_NT = jnp.arange(T)[None, :] >= T - request.lengths[:, None]
+        positions_NT = jnp.maximum(jnp.arange(T)[None, :] - (T - request.lengths[:, None]), 0)
+        hidden_ND, cache = self._read_prompts(weights, request, positions_NT, real_NT.astype(jnp.int32))
+        seen = Seen.of_prompts(self.plan, request.tokens, real_NT, self.config.vocab_size)
+        each = lambda x, axis=0: jnp.repeat(x, self.samples, axis)  # of one prompt side by side, on one device
+        nothing_BM = jnp.zeros((N * self.samples, self.room), jnp.float32)
         state = State(
             step=jnp.int32(0),
-            cache=self._room_for_the_answer(cache),
-            token=jnp.zeros(B, jnp.int32),
-            done=request.lengths == 0,
-            seen=Seen.of_prompts(self.plan, request.tokens, real_BT, self.config.vocab_size),
+            cache=self._room_for_the_answer(_each_row(cache, each)),
+            token=jnp.zeros(len(nothing_BM), jnp.int32),
+            done=each(request.lengths == 0),
+            seen=jax.tree.map(each, seen),
             tokens=nothing_BM.astype(jnp.int32),
             log_probs=nothing_BM,
             sampling_log_probs=nothing_BM,
-            lengths=jnp.zeros(B, jnp.int32),
+            lengths=jnp.zeros(len(nothing_BM), jnp.int32),
         )
-        return self._sample(state, hidden_BD, weights, request)
+        return self._sample(state, each(hidden_ND), weights, request)
 
     def advance(self, weights: dict, request: Request, state: State, until: jax.Array) -> State:
         """Goes on until every row has stopped or has `until` tokens."""
@@ -110,11 +114,13 @@ class Engine:
         def unfinished(state):
             return (state.step < jnp.minimum(until, request.limit)) & ~jnp.all(state.done)
 
+        lengths_B = jnp.repeat(request.lengths, self.samples)
+
         def step(state):
-            positions_B1 = (request.lengths + state.step - 1)[:, None]
+            positions_B1 = (lengths_B + state.step - 1)[:, None]
             alive_B1 = (~state.done).astype(jnp.int32)[:, None]
             hidden_B1D, cache = self._read(
-                weights, state.token[:, None], positions_B1, alive_B1, state.cache, request, self._one_token_layout()
+                weights, state.token[:, None], positions_B1, alive_B1, state.cache, lengths_B, self._one_token_layout()
             )
             return self._sample(state._replace(cache=cache), hidden_B1D[:, 0], weights, request)
 
@@ -129,7 +135,7 @@ class Engine:
             cut = lambda x_BT: jax.lax.dynamic_slice_in_dim(x_BT, i * size, size, axis=1)
             tokens_BT = constrain(cut(request.tokens), ("batch", "length"), layout)
             marks = cut(positions_BT), cut(segment_ids_BT)
-            hidden_BTD, cache = self._read(weights, tokens_BT, *marks, state[1], request, layout)
+            hidden_BTD, cache = self._read(weights, tokens_BT, *marks, state[1], request.lengths, layout)
             return hidden_BTD[:, -1], cache
 
         # A cache of exactly the prompts' size, so that no query meets a slot that is sure to be empty.
@@ -143,9 +149,9 @@ class Engine:
             size //= 2
         return size
 
-    def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, request, layout):
+    def _read(self, weights, tokens_BT, positions_BT, segment_ids_BT, cache, lengths_B, layout):
         decoder = Decoder(self.config, layout, fused=True)
-        lengths_BT = jnp.broadcast_to(request.lengths[:, None], tokens_BT.shape)
+        lengths_BT = jnp.broadcast_to(lengths_B[:, None], tokens_BT.shape)
         read = decoder.apply({"params": weights["decoder"]}, tokens_BT, positions_BT, segment_ids_BT, cache, lengths_BT)
         return read[:2]
 
@@ -189,6 +195,12 @@ class Engine:
         return KVCache(kv, kv, empty_BS, empty_BS, jnp.int32(0))
 
     def _room_for_the_answer(self, cache: KVCache) -> KVCache:
-        more = lambda x, axis: jnp.pad(x, [(0, self.slots if i == axis % x.ndim else 0) for i in range(x.ndim)])
+        more = lambda x, axis: jnp.pad(x, [(0, self.room if i == axis % x.ndim else 0) for i in range(x.ndim)])
         k, v = jax.tree.map(lambda x: more(x, -2), (cache.k, cache.v))
         return KVCache(k, v, more(cache.positions, 1), more(cache.segment_ids, 1), cache.index)
+
+
+def _each_row(cache: KVCache, change) -> KVCache:
+    """Applies `change(array, axis of rows)` to everything in a cache that has rows."""
+    k, v = jax.tree.map(lambda x: change(x, x.ndim - 4), (cache.k, cache.v))
+    return KVCache(k, v, change(cache.positions, 0), change(cache.segment_ids, 0), cache.index)

@@ -1,6 +1,6 @@
 """Prompts in, completions out: what users call.
 
-Shapes: N prompts, B rows (N and what fills the batch), M answer slots.
+Shapes: N prompts, n samples of each, R = N * n answers, M tokens of each.
 """
 
 import functools
@@ -34,12 +34,12 @@ class Completions(NamedTuple):
     """What was sampled.
 
     Attributes:
-      tokens: [N, max_new_tokens] int32, the stop id included, 0 behind it.
-      log_probs: [N, max_new_tokens] float32, log-probability of each token under the policy itself: temperature 1, no
+      tokens: [R, max_new_tokens] int32, the samples of a prompt behind each other; the stop id included, 0 behind it.
+      log_probs: [R, max_new_tokens] float32, log-probability of each token under the policy itself: temperature 1, no
         penalty, no filter, all V rows of the vocabulary. That is what `models.sequence_log_probs` gives for prompt and
         answer, so it is the old log-probability of a policy gradient. 0 behind the end.
-      lengths: [N] int32, tokens of each answer, the stop id counted.
-      sampling_log_probs: [N, max_new_tokens] float32, log-probability in the distribution the token was drawn from,
+      lengths: [R] int32, tokens of each answer, the stop id counted.
+      sampling_log_probs: [R, max_new_tokens] float32, log-probability in the distribution the token was drawn from,
         after penalties, temperature, filters and without padded rows; 0 if greedy. An importance weight of the policy
         over what was sampled is exp(log_probs - sampling_log_probs). 0 behind the end.
     """
@@ -95,6 +95,7 @@ def generate(
     key: jax.Array,
     *,
     max_new_tokens: int,
+    samples: int = 1,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -110,24 +111,28 @@ def generate(
 ) -> Completions:
     """Answers every prompt: one program reads them all, then samples token by token until all rows have stopped.
 
+    Several samples of a prompt share its reading; they are those of the same list with each prompt repeated.
+
     An answer depends on its prompt, `key` and its row only: not on the other prompts, their number, the padding or the
     mesh. (As far as floating point goes: sums taken in another order can flip a choice between equals.)
 
     Programs are compiled per bucket of prompt length, batch size, number of stop ids and max_new_tokens
-    (`prompts.bucket`), per top_k and per set of filters that are on; other values compile nothing new.
+    (`prompts.bucket`), per number of samples, per top_k and per set of filters that are on; other values compile
+    nothing new.
 
     Args:
       config: the model.
       params: its parameters, or `prepare` of them.
       prompts: lists of ids, of any lengths.
-      key: row i draws with fold_in(key, first_row + i).
+      key: row i draws with fold_in(key, first_row + i); rows are answers, sample s of prompt p is row p * samples + s.
       max_new_tokens: an answer ends here if no stop id came.
+      samples: answers to each prompt.
       temperature: divides the logits; 0 takes the likeliest token.
       top_p, top_k, min_p, repetition_penalty, presence_penalty: see `ops.sampling`. top_k 0 is off.
       stop_ids: any of these ends an answer.
       num_tokens: the tokenizer's vocab_size; the model's rows from there on are padding and never sampled. All rows
         are tokens if None.
-      first_row: the row number of prompts[0]; lets a long list be answered in pieces as if it were one.
+      first_row: the row number of the first answer; lets a long list be answered in pieces as if it were one.
       layout: mesh and rules; DECODE_RULES suit decoding. In a multi-host run all processes pass the same prompts.
       unroll: compile every layer of its own: steps about a tenth faster on a CPU, compile time that grows with depth.
         None does so up to UNROLLED_LAYERS layers.
@@ -140,13 +145,13 @@ def generate(
       InputError: an empty or too long prompt, an unknown id, a value out of range; the message names it.
     """
     engine, weights, request = _begin(
-        config, params, prompts, key,
+        config, params, prompts, key, samples=samples,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=first_row,
         layout=layout, unroll=unroll, piece=piece, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
     )  # fmt: skip
-    N, M = len(prompts), max_new_tokens
-    return Completions(*(x[:N] if x.ndim == 1 else x[:N, :M] for x in _run(engine, weights, request)))
+    R, M = len(prompts) * samples, max_new_tokens
+    return Completions(*(x[:R] if x.ndim == 1 else x[:R, :M] for x in _run(engine, weights, request)))
 
 
 def stream(
@@ -175,7 +180,7 @@ def stream(
       InputError: as `generate`, before the first token is asked for.
     """
     engine, weights, request = _begin(
-        config, params, [prompt], key,
+        config, params, [prompt], key, samples=1,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=0,
         layout=layout, unroll=unroll, piece=piece, **sampling,
     )  # fmt: skip
@@ -193,13 +198,15 @@ def stream(
 
 
 def _begin(
-    config, params, prompts, key, *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, piece, **knobs
-):
+    config, params, prompts, key,
+    *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, piece, samples, **knobs,
+):  # fmt: skip
     """Checks a request and puts it on the devices. Returns the engine, its weights, and the request."""
     size = config.vocab_size if num_tokens is None else num_tokens
     lists = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
-    if not isinstance(piece, int) or piece < 1:
-        raise InputError(f"piece is {piece!r}; expected a whole number of at least 1")
+    for name, value in (("piece", piece), ("samples", samples)):
+        if not inputs.is_whole(value) or value < 1:
+            raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
     steps, knobs = plan(num_tokens=size, vocab_size=config.vocab_size, **knobs)
     if not isinstance(params, Prepared):
         params = prepare(config, params, layout=layout, unroll=unroll)
@@ -210,7 +217,7 @@ def _begin(
     stops = np.full(inputs.bucket(len(stop_ids), 4), NO_TOKEN, np.int32)
     stops[: len(stop_ids)] = stop_ids
     request = Request(*padded, key, np.int32(first_row), stops, np.int32(max_new_tokens), knobs)
-    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST), piece)
+    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST), samples, piece)
     return engine, params.weights, request
 
 

@@ -70,7 +70,7 @@ def check(
         ("max_new_tokens", max_new_tokens, config.max_position_embeddings),
         ("num_tokens", num_tokens, config.vocab_size),
     ):
-        if not _whole(value) or not 1 <= value <= most:
+        if not is_whole(value) or not 1 <= value <= most:
             raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {most}")
     _check_ids("stop_ids", stop_ids, num_tokens)
     lists = [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
@@ -93,9 +93,10 @@ def check(
 
 def _check_ids(name: str, ids: Sequence[int], num_tokens: int) -> None:
     for token in ids:
-        if not _whole(token) or not 0 <= token < num_tokens:
+        if not is_whole(token) or not 0 <= token < num_tokens:
             raise InputError(f"{name} holds the id {token!r}; expected ids from 0 to {num_tokens - 1}")
 
 
-def _whole(value) -> bool:
+def is_whole(value) -> bool:
+    """Returns whether value is an integer, Python's or numpy's, and no truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -92,8 +92,31 @@ def test_an_answer_does_not_depend_on_batch_mates_padding_or_batch_size():
     np.testing.assert_array_equal(mates.tokens[1:], everyone.tokens[1:])
 
 
+def test_samples_are_those_of_repeated_prompts():
+    how = dict(temperature=0.8, repetition_penalty=1.3, stop_ids=range(9), first_row=7)
+    several, repeated = answer(samples=3, **how), answer([p for p in PROMPTS for _ in range(3)], **how)
+    assert several.tokens.shape == (3 * len(PROMPTS), NEW)
+    np.testing.assert_array_equal(several.tokens, repeated.tokens)
+    np.testing.assert_array_equal(several.lengths, repeated.lengths)
+    np.testing.assert_allclose(several.log_probs, repeated.log_probs, atol=1e-5)
+    assert len({tuple(row) for row in several.tokens.tolist()}) > 2 * len(PROMPTS)
+
+
+def test_samples_share_the_reading_of_their_prompt():
+    def flops(prompts, samples):
+        request = generation._begin(
+            SMALL, PARAMS, prompts, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None, first_row=0,
+            layout=Layout(), unroll=True, piece=128, samples=samples,
+        )  # fmt: skip
+        return generation._start.lower(*request).compile().cost_analysis()["flops"]
+
+    prompt = [1] * 96
+    once = flops([prompt], 1)
+    assert flops([prompt], 8) < 1.5 * once < 7 * once < flops([prompt] * 8, 1)
+
+
 def test_any_mesh_gives_the_tokens_of_one_device(mesh):
-    alone, split = answer(), answer(layout=Layout(mesh))
+    alone, split = (answer(samples=2, **how) for how in ({}, dict(layout=Layout(mesh))))
     np.testing.assert_array_equal(alone.tokens, split.tokens)
     np.testing.assert_allclose(alone.log_probs, split.log_probs, atol=1e-5)
 
@@ -172,7 +195,8 @@ def test_the_loop_ends_when_every_row_has_stopped():
     stop = list(rollout.stream(SMALL, PARAMS, PROMPTS[1], KEY, **STREAM))[2]
     request = generation._begin(
         SMALL, PARAMS, PROMPTS[1:2], KEY, stop_ids=[stop], num_tokens=None, first_row=0, layout=Layout(), unroll=True,
-        piece=64, **STREAM,
+        piece=64, samples=1,
+        **STREAM,
     )  # fmt: skip
     state = generation._advance(*request, generation._start(*request), np.int32(NEW))
     assert int(state.step) <= 3 and bool(state.done.all())
@@ -198,7 +222,7 @@ def test_without_unrolling_the_program_does_not_grow_with_depth():
         config = tiny(num_hidden_layers=layers)
         engine, weights, request = generation._begin(
             config, models.init(config, KEY), PROMPTS, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None,
-            first_row=0, layout=Layout(), unroll=unroll, piece=64, temperature=0,
+            first_row=0, layout=Layout(), unroll=unroll, piece=64, samples=1, temperature=0,
         )  # fmt: skip
         return len(generation._run.lower(engine, weights, request).as_text().splitlines())
 
@@ -225,6 +249,8 @@ def test_buckets_are_few_and_waste_at_most_a_third():
         (dict(prompts=[[1, 200]], num_tokens=200), "expected ids from 0 to 199"),
         (dict(prompts=[[1] * 120]), r"prompts\[0\] has 120 ids .* together 130; the model reads at most 128"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(samples=0), "samples is 0; expected a whole number of at least 1"),
+        (dict(samples=2.0), "samples is 2.0"),
         (dict(num_tokens=300), "num_tokens is 300; expected a whole number from 1 to 256"),
         (dict(stop_ids=[999]), "stop_ids holds the id 999"),
         (dict(temperature=-1), "temperature is -1"),

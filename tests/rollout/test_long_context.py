@@ -47,7 +47,7 @@ def test_any_mesh_samples_what_one_device_samples(mesh):
 
 @pytest.mark.parametrize("T, piece, size", [(16, 64, 16), (64, 64, 64), (96, 64, 48), (128, 20, 16), (24, 2, 3)])
 def test_prompts_are_read_in_equal_pieces(T, piece, size):
-    assert Engine(small(), Layout(), None, 16, piece)._piece(T) == size
+    assert Engine(small(), Layout(), None, 16, 1, piece)._piece(T) == size
 
 
 def test_a_long_prompt_needs_the_activations_of_a_piece():
@@ -56,7 +56,7 @@ def test_a_long_prompt_needs_the_activations_of_a_piece():
     def temporary(piece):
         arguments = generation._begin(
             config, models.init(config, KEY), [[1] * 1024], KEY, max_new_tokens=1, stop_ids=(), num_tokens=None,
-            first_row=0, layout=Layout(), unroll=None, piece=piece,
+            first_row=0, layout=Layout(), unroll=None, piece=piece, samples=1,
         )  # fmt: skip
         return generation._start.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
