@@ -1,5 +1,7 @@
 """The sampling loop as pure functions: read the prompts, then one token a step until every row has stopped.
 
+Here the batch stays as it is until its last row has stopped; `rollout.slots` refills rows, from the same parts.
+
 Shapes: N prompts, B rows (N times the samples of each), T prompt slots, M answer slots, S = T + M cache slots, L
 layers, D model width, K kv heads, H head dim, V vocabulary, E stop ids.
 """
@@ -28,7 +30,7 @@ class Request(NamedTuple):
       key: row i draws with fold_in(key, first_row + i).
       first_row: scalar int32.
       stop_ids: [E] int32; a row ends with the first of these that it samples.
-      limit: scalar int32, at most M tokens a row.
+      limits: [N] int32, at most M tokens an answer to each prompt.
       knobs: values of the sampling.
     """
 
@@ -37,7 +39,7 @@ class Request(NamedTuple):
     key: jax.Array
     first_row: jax.Array
     stop_ids: jax.Array
-    limit: jax.Array
+    limits: jax.Array
     knobs: Knobs
 
 
@@ -88,16 +90,12 @@ class Engine:
 
     def start(self, weights: dict, request: Request) -> State:
         """Reads the prompts and samples the first token of every row."""
-        N, T = request.tokens.shape
-        real_NT = jnp.arange(T)[None, :] >= T - request.lengths[:, None]
-        positions_NT = jnp.maximum(jnp.arange(T)[None, :] - (T - request.lengths[:, None]), 0)
-        hidden_ND, cache = self._read_prompts(weights, request, positions_NT, real_NT.astype(jnp.int32))
-        seen = Seen.of_prompts(self.plan, request.tokens, real_NT, self.config.vocab_size)
+        hidden_ND, cache, seen = self.read_prompts(weights, request.tokens, request.lengths)
         each = lambda x, axis=0: jnp.repeat(x, self.samples, axis)  # of one prompt side by side, on one device
-        nothing_BM = jnp.zeros((N * self.samples, self.room), jnp.float32)
+        nothing_BM = jnp.zeros((len(request.tokens) * self.samples, self.room), jnp.float32)
         state = State(
             step=jnp.int32(0),
-            cache=self._room_for_the_answer(_each_row(cache, each)),
+            cache=self._room_for_the_answer(over_rows(each, cache)),
             token=jnp.zeros(len(nothing_BM), jnp.int32),
             done=each(request.lengths == 0),
             seen=jax.tree.map(each, seen),
@@ -112,35 +110,68 @@ class Engine:
         """Goes on until every row has stopped or has `until` tokens."""
 
         def unfinished(state):
-            return (state.step < jnp.minimum(until, request.limit)) & ~jnp.all(state.done)
+            return (state.step < until) & ~jnp.all(state.done)
 
         lengths_B = jnp.repeat(request.lengths, self.samples)
 
         def step(state):
             positions_B1 = (lengths_B + state.step - 1)[:, None]
             alive_B1 = (~state.done).astype(jnp.int32)[:, None]
-            hidden_B1D, cache = self._read(
-                weights, state.token[:, None], positions_B1, alive_B1, state.cache, lengths_B, self._one_token_layout()
-            )
-            return self._sample(state._replace(cache=cache), hidden_B1D[:, 0], weights, request)
+            hidden_BD, cache = self.read_token(weights, state.token, positions_B1, alive_B1, state.cache, lengths_B)
+            return self._sample(state._replace(cache=cache), hidden_BD, weights, request)
 
         return jax.lax.while_loop(unfinished, step, state)
 
-    def _read_prompts(self, weights, request, positions_BT, segment_ids_BT):
-        """Returns the last hidden state of every row, and the cache."""
-        B, T = request.tokens.shape
+    def read_prompts(self, weights: dict, tokens_NT: jax.Array, lengths_N: jax.Array):
+        """Reads left-padded prompts.
+
+        Returns:
+          The last hidden state of each, hidden_ND; a cache of exactly T slots; what the penalties have seen.
+        """
+        N, T = tokens_NT.shape
         size, layout = self._piece(T), self.layout
+        real_NT = jnp.arange(T)[None, :] >= T - lengths_N[:, None]
+        positions_NT = jnp.maximum(jnp.arange(T)[None, :] - (T - lengths_N[:, None]), 0)
 
         def read(i, state):
-            cut = lambda x_BT: jax.lax.dynamic_slice_in_dim(x_BT, i * size, size, axis=1)
-            tokens_BT = constrain(cut(request.tokens), ("batch", "length"), layout)
-            marks = cut(positions_BT), cut(segment_ids_BT)
-            hidden_BTD, cache = self._read(weights, tokens_BT, *marks, state[1], request.lengths, layout)
-            return hidden_BTD[:, -1], cache
+            cut = lambda x_NT: jax.lax.dynamic_slice_in_dim(x_NT, i * size, size, axis=1)
+            read_NT = constrain(cut(tokens_NT), ("batch", "length"), layout)
+            marks = cut(positions_NT), cut(real_NT.astype(jnp.int32))
+            hidden_NTD, cache = self._read(weights, read_NT, *marks, state[1], lengths_N, layout)
+            return hidden_NTD[:, -1], cache
 
         # A cache of exactly the prompts' size, so that no query meets a slot that is sure to be empty.
-        state = jnp.zeros((B, self.config.hidden_size), jnp.dtype(self.config.dtype)), self._empty_cache(B, T)
-        return read(0, state) if size == T else jax.lax.fori_loop(0, T // size, read, state)
+        state = jnp.zeros((N, self.config.hidden_size), jnp.dtype(self.config.dtype)), self.empty_cache(N, T)
+        state = read(0, state) if size == T else jax.lax.fori_loop(0, T // size, read, state)
+        return *state, Seen.of_prompts(self.plan, tokens_NT, real_NT, self.config.vocab_size)
+
+    def read_token(self, weights: dict, token_B, positions_B1, alive_B1, cache: KVCache, lengths_B):
+        """Reads one token a row, those of alive rows only. Returns hidden_BD and the cache."""
+        layout = Layout(self.layout.mesh, dataclasses.replace(self.layout.rules, length=()))  # one cannot be split
+        hidden_B1D, cache = self._read(weights, token_B[:, None], positions_B1, alive_B1, cache, lengths_B, layout)
+        return hidden_B1D[:, 0], cache
+
+    def draw(self, weights: dict, request: Request, hidden_BD: jax.Array, seen: Seen, rows_B, counts_B):
+        """Chooses the next token of each row.
+
+        Args:
+          hidden_BD: what the model says.
+          rows_B: [B] int32 numbers of the answers, which with `request.key` decide the draw.
+          counts_B: [B] int32 tokens that each answer has so far.
+
+        Returns:
+          token_B, its log-probability under the policy and in the distribution that was drawn from, and whether it is
+          a stop id.
+        """
+        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
+        # The vocabulary is gathered here: a row of logits is small, and every filter needs all of it.
+        logits_BV = constrain(logits_BV, ("batch", None), self.layout)
+        fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, 0))
+        keys_B = fold_in(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(request.key, rows_B), counts_B)
+        token_B, sampling_log_prob_B = choose(logits_BV, seen, keys_B, self.plan, request.knobs)
+        log_prob_B = sampling.log_probs_of(logits_BV, token_B)
+        stopped_B = jnp.any(token_B[:, None] == request.stop_ids[None, :], axis=1)
+        return token_B, log_prob_B, sampling_log_prob_B, stopped_B
 
     def _piece(self, T: int) -> int:
         """T halved until it is at most `piece`; as far as that leaves even parts for the mesh."""
@@ -156,23 +187,20 @@ class Engine:
         return read[:2]
 
     def _sample(self, state: State, hidden_BD: jax.Array, weights: dict, request: Request) -> State:
-        logits_BV = jnp.einsum("BD,DV->BV", hidden_BD, weights["head"], preferred_element_type=jnp.float32)
-        # The vocabulary is gathered here: a row of logits is small, and every filter needs all of it.
-        logits_BV = constrain(logits_BV, ("batch", None), self.layout)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(request.key, row), state.step))(
-            request.first_row + jnp.arange(hidden_BD.shape[0])
+        rows_B = request.first_row + jnp.arange(len(hidden_BD))
+        counts_B = jnp.full_like(rows_B, state.step)
+        token_B, log_prob_B, sampling_log_prob_B, stopped_B = self.draw(
+            weights, request, hidden_BD, state.seen, rows_B, counts_B
         )
-        token_B, sampling_log_prob_B = choose(logits_BV, state.seen, keys_B, self.plan, request.knobs)
-        log_prob_B = sampling.log_probs_of(logits_BV, token_B)
         put = lambda into_BM, new_B: jax.lax.dynamic_update_slice_in_dim(
             into_BM, jnp.where(state.done, 0, new_B).astype(into_BM.dtype)[:, None], state.step, axis=1
         )
-        stopped_B = jnp.any(token_B[:, None] == request.stop_ids[None, :], axis=1)
+        full_B = state.step + 1 >= jnp.repeat(request.limits, self.samples)
         return State(
             step=state.step + 1,
             cache=state.cache,
             token=token_B,
-            done=state.done | stopped_B,
+            done=state.done | stopped_B | full_B,
             seen=state.seen.add(token_B),
             tokens=put(state.tokens, token_B),
             log_probs=put(state.log_probs, log_prob_B),
@@ -180,11 +208,8 @@ class Engine:
             lengths=state.lengths + ~state.done,
         )
 
-    def _one_token_layout(self) -> Layout:
-        """The layout of a single token, whose length cannot be split."""
-        return Layout(self.layout.mesh, dataclasses.replace(self.layout.rules, length=()))
-
-    def _empty_cache(self, B: int, S: int) -> KVCache:
+    def empty_cache(self, B: int, S: int) -> KVCache:
+        """Returns one without a token."""
         c = self.config
         shape_BKSH = (B, c.num_key_value_heads, S, c.head_dim)
         axes = ("batch", "kv_heads", None, "head_dim")
@@ -200,7 +225,6 @@ class Engine:
         return KVCache(k, v, more(cache.positions, 1), more(cache.segment_ids, 1), cache.index)
 
 
-def _each_row(cache: KVCache, change) -> KVCache:
-    """Applies `change(array, axis of rows)` to everything in a cache that has rows."""
-    k, v = jax.tree.map(lambda x: change(x, x.ndim - 4), (cache.k, cache.v))
-    return KVCache(k, v, change(cache.positions, 0), change(cache.segment_ids, 0), cache.index)
+def over_rows(change, *trees):
+    """Applies `change(*arrays, axis of rows)` to all arrays of like trees of caches and `Seen`; one number stays."""
+    return jax.tree.map(lambda x, *more: x if x.ndim == 0 else change(x, *more, max(x.ndim - 4, 0)), *trees)

@@ -17,6 +17,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.rollout import prompts as inputs
 from qwen_jax.rollout.choice import plan
 from qwen_jax.rollout.decoding import NO_TOKEN, Engine, Request
+from qwen_jax.rollout.slots import SlotEngine
 from qwen_jax.sharding import Layout
 
 ONE_DEVICE = Layout()
@@ -94,8 +95,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     samples: int = 1,
+    slots: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -109,11 +111,16 @@ def generate(
     unroll: bool | None = None,
     piece: int = PIECE,
 ) -> Completions:
-    """Answers every prompt: one program reads them all, then samples token by token until all rows have stopped.
+    """Answers every prompt, in one program that samples token by token.
+
+    Without `slots` it reads all prompts, then samples all answers side by side until the last has ended: for few
+    answers, or such as are about equally long. With `slots` so many are in work at a time, and the next takes the place
+    of each that ends: no row waits for the longest. The cache then is slots x (longest prompt + max_new_tokens), and a
+    quarter of what of that is for prompts, whose next ones are read ahead.
 
     Several samples of a prompt share its reading; they are those of the same list with each prompt repeated.
 
-    An answer depends on its prompt, `key` and its row only: not on the other prompts, their number, the padding or the
+    An answer depends on its prompt, `key` and its row only: not on the other prompts, their number, slots, padding or
     mesh. (As far as floating point goes: sums taken in another order can flip a choice between equals.)
 
     Programs are compiled per bucket of prompt length, batch size, number of stop ids and max_new_tokens
@@ -125,8 +132,9 @@ def generate(
       params: its parameters, or `prepare` of them.
       prompts: lists of ids, of any lengths.
       key: row i draws with fold_in(key, first_row + i); rows are answers, sample s of prompt p is row p * samples + s.
-      max_new_tokens: an answer ends here if no stop id came.
+      max_new_tokens: an answer ends here if no stop id came; one number for all or one for each prompt.
       samples: answers to each prompt.
+      slots: how many answers are in work at a time, rounded up to what the mesh splits evenly; None for all at once.
       temperature: divides the logits; 0 takes the likeliest token.
       top_p, top_k, min_p, repetition_penalty, presence_penalty: see `ops.sampling`. top_k 0 is off.
       stop_ids: any of these ends an answer.
@@ -145,13 +153,18 @@ def generate(
       InputError: an empty or too long prompt, an unknown id, a value out of range; the message names it.
     """
     engine, weights, request = _begin(
-        config, params, prompts, key, samples=samples,
+        config, params, prompts, key, samples=samples, slots=slots,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=first_row,
         layout=layout, unroll=unroll, piece=piece, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
     )  # fmt: skip
-    R, M = len(prompts) * samples, max_new_tokens
-    return Completions(*(x[:R] if x.ndim == 1 else x[:R, :M] for x in _run(engine, weights, request)))
+    R, M = len(prompts) * samples, int(np.max(max_new_tokens))
+    if slots is None:
+        answers = _run(engine, weights, request)
+    else:
+        parts, rows = engine.layout.size("batch"), min(slots, len(request.lengths) * samples)
+        answers = _run_slots(SlotEngine(engine, -(-rows // parts) * parts), weights, request)
+    return Completions(*(x[:R] if x.ndim == 1 else x[:R, :M] for x in answers))
 
 
 def stream(
@@ -180,7 +193,7 @@ def stream(
       InputError: as `generate`, before the first token is asked for.
     """
     engine, weights, request = _begin(
-        config, params, [prompt], key, samples=1,
+        config, params, [prompt], key, samples=1, slots=None,
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, num_tokens=num_tokens, first_row=0,
         layout=layout, unroll=unroll, piece=piece, **sampling,
     )  # fmt: skip
@@ -199,12 +212,12 @@ def stream(
 
 def _begin(
     config, params, prompts, key,
-    *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, piece, samples, **knobs,
+    *, max_new_tokens, stop_ids, num_tokens, first_row, layout, unroll, piece, samples, slots, **knobs,
 ):  # fmt: skip
     """Checks a request and puts it on the devices. Returns the engine, its weights, and the request."""
     size = config.vocab_size if num_tokens is None else num_tokens
-    lists = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
-    for name, value in (("piece", piece), ("samples", samples)):
+    lists, most = inputs.check(config, prompts, max_new_tokens=max_new_tokens, num_tokens=size, stop_ids=stop_ids)
+    for name, value in (("piece", piece), ("samples", samples), ("slots", 1 if slots is None else slots)):
         if not inputs.is_whole(value) or value < 1:
             raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
     steps, knobs = plan(num_tokens=size, vocab_size=config.vocab_size, **knobs)
@@ -216,16 +229,26 @@ def _begin(
     padded = inputs.pad(lists, rows=layout.size("batch"), slots=layout.size("length"))
     stops = np.full(inputs.bucket(len(stop_ids), 4), NO_TOKEN, np.int32)
     stops[: len(stop_ids)] = stop_ids
-    request = Request(*padded, key, np.int32(first_row), stops, np.int32(max_new_tokens), knobs)
-    engine = Engine(params.config, layout, steps, inputs.bucket(max_new_tokens, inputs.SHORTEST), samples, piece)
+    limits = np.zeros_like(padded.lengths)
+    limits[: len(most)] = most
+    request = Request(*padded, key, np.int32(first_row), stops, limits, knobs)
+    engine = Engine(params.config, layout, steps, inputs.bucket(max(most), inputs.SHORTEST), samples, piece)
     return engine, params.weights, request
 
 
 @functools.partial(jax.jit, static_argnames="engine")
 def _run(engine: Engine, weights: dict, request: Request):
     state = engine.start(weights, request)
-    state = engine.advance(weights, request, state, request.limit)
-    answers = (state.tokens, state.log_probs, state.lengths, state.sampling_log_probs)
+    state = engine.advance(weights, request, state, np.int32(engine.room))
+    return _whole(engine, (state.tokens, state.log_probs, state.lengths, state.sampling_log_probs))
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def _run_slots(engine: SlotEngine, weights: dict, request: Request):
+    return _whole(engine.engine, engine.run(weights, request).answers)
+
+
+def _whole(engine: Engine, answers):
     if engine.layout.mesh is None:
         return answers
     return jax.lax.with_sharding_constraint(answers, sharding.replicated(engine.layout))

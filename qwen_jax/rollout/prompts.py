@@ -57,38 +57,51 @@ def check(
     config: QwenConfig,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     num_tokens: int,
     stop_ids: Sequence[int],
-) -> list[Sequence[int]]:
-    """Returns the prompts as lists.
+) -> tuple[list[Sequence[int]], list[int]]:
+    """Returns the prompts as lists, and the most tokens of each one's answers.
 
     Raises:
       InputError: no prompts, an empty one, an id that is no token, or prompt and answer longer than the model reads.
     """
-    for name, value, most in (
-        ("max_new_tokens", max_new_tokens, config.max_position_embeddings),
-        ("num_tokens", num_tokens, config.vocab_size),
-    ):
-        if not is_whole(value) or not 1 <= value <= most:
-            raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {most}")
+    limit = config.max_position_embeddings
+    limits = _limits(max_new_tokens, len(prompts), limit)
+    _check_number("num_tokens", num_tokens, config.vocab_size)
     _check_ids("stop_ids", stop_ids, num_tokens)
     lists = [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
     if not lists:
         raise InputError("prompts is empty; expected at least one list of ids")
-    limit = config.max_position_embeddings
-    for index, prompt in enumerate(lists):
+    for index, (prompt, new) in enumerate(zip(lists, limits, strict=True)):
         if not isinstance(prompt, list | tuple):
             raise InputError(f"prompts[{index}] is {type(prompt).__name__}; expected a list of ids")
         if not prompt:
             raise InputError(f"prompts[{index}] is empty; expected at least one id to answer to")
         _check_ids(f"prompts[{index}]", prompt, num_tokens)
-        if len(prompt) + max_new_tokens > limit:
+        if len(prompt) + new > limit:
             raise InputError(
-                f"prompts[{index}] has {len(prompt)} ids and max_new_tokens is {max_new_tokens}, "
-                f"together {len(prompt) + max_new_tokens}; the model reads at most {limit} (max_position_embeddings)"
+                f"prompts[{index}] has {len(prompt)} ids and max_new_tokens is {new}, together {len(prompt) + new}; "
+                f"the model reads at most {limit} (max_position_embeddings)"
             )
-    return lists
+    return lists, limits
+
+
+def _limits(max_new_tokens, count: int, most: int) -> list[int]:
+    """Returns the most tokens of an answer to each of `count` prompts."""
+    if isinstance(max_new_tokens, str) or not hasattr(max_new_tokens, "__len__"):
+        _check_number("max_new_tokens", max_new_tokens, most)
+        return [max_new_tokens] * count
+    if len(max_new_tokens) != count:
+        raise InputError(f"max_new_tokens has {len(max_new_tokens)} numbers; expected one, or one for each of {count}")
+    for index, value in enumerate(max_new_tokens):
+        _check_number(f"max_new_tokens[{index}]", value, most)
+    return list(max_new_tokens)
+
+
+def _check_number(name: str, value, most: int) -> None:
+    if not is_whole(value) or not 1 <= value <= most:
+        raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {most}")
 
 
 def _check_ids(name: str, ids: Sequence[int], num_tokens: int) -> None:

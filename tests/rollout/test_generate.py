@@ -106,7 +106,7 @@ def test_samples_share_the_reading_of_their_prompt():
     def flops(prompts, samples):
         request = generation._begin(
             SMALL, PARAMS, prompts, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None, first_row=0,
-            layout=Layout(), unroll=True, piece=128, samples=samples,
+            layout=Layout(), unroll=True, piece=128, samples=samples, slots=None,
         )  # fmt: skip
         return generation._start.lower(*request).compile().cost_analysis()["flops"]
 
@@ -195,7 +195,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
     stop = list(rollout.stream(SMALL, PARAMS, PROMPTS[1], KEY, **STREAM))[2]
     request = generation._begin(
         SMALL, PARAMS, PROMPTS[1:2], KEY, stop_ids=[stop], num_tokens=None, first_row=0, layout=Layout(), unroll=True,
-        piece=64, samples=1,
+        piece=64, samples=1, slots=None,
         **STREAM,
     )  # fmt: skip
     state = generation._advance(*request, generation._start(*request), np.int32(NEW))
@@ -222,7 +222,7 @@ def test_without_unrolling_the_program_does_not_grow_with_depth():
         config = tiny(num_hidden_layers=layers)
         engine, weights, request = generation._begin(
             config, models.init(config, KEY), PROMPTS, KEY, max_new_tokens=NEW, stop_ids=(), num_tokens=None,
-            first_row=0, layout=Layout(), unroll=unroll, piece=64, samples=1, temperature=0,
+            first_row=0, layout=Layout(), unroll=unroll, piece=64, samples=1, slots=None, temperature=0,
         )  # fmt: skip
         return len(generation._run.lower(engine, weights, request).as_text().splitlines())
 

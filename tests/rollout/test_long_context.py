@@ -56,7 +56,7 @@ def test_a_long_prompt_needs_the_activations_of_a_piece():
     def temporary(piece):
         arguments = generation._begin(
             config, models.init(config, KEY), [[1] * 1024], KEY, max_new_tokens=1, stop_ids=(), num_tokens=None,
-            first_row=0, layout=Layout(), unroll=None, piece=piece, samples=1,
+            first_row=0, layout=Layout(), unroll=None, piece=piece, samples=1, slots=None,
         )  # fmt: skip
         return generation._start.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
