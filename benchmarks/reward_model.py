@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import reward_model
 from qwen_jax.data import formats, ratings
 from qwen_jax.data.preferences import Answers
 from qwen_jax.eval import preferences
@@ -27,7 +26,7 @@ STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 def answers(size: int, split: str, most: int | None = None) -> tuple[list[str], Answers]:
     """The sentences of all domains (`most` lists each) as the models get them, and what they are compared by."""
     texts, values, groups, domains = [], [], [], []
-    for domain in reward_model.DOMAINS:
+    for domain in ratings.FILES:
         for record in ratings.lists(domain, split, size=size)[:most]:
             found = formats.comparison(record, "messages")
             texts += [message["content"] for message in found.answers]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from experiments import dpo, pretrain, reward_model
+from experiments import dpo, pretrain
 from qwen_jax import sharding, tokenizer
 from qwen_jax.config import LoraConfig, QwenConfig
-from qwen_jax.data import preferences
+from qwen_jax.data import preferences, ratings
 from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.files import write_whole
@@ -35,7 +35,7 @@ class Config:
     model: QwenConfig  # how it is computed; its shape is read from the base
     base: str = ""  # the policy: a Hugging Face folder, the workdir of a run, or "random"
     reward: str = ""  # the reward model, such another with the same tokenizer
-    dataset: str = reward_model.RATINGS  # chats, pairs or lists, whose prompts are asked
+    dataset: str = ratings.every()  # chats, pairs or lists, whose prompts are asked
     split: str = "train"
     template: str = "qwen2"
     prompts: int = 64  # how many different ones; each is asked `each` times
@@ -72,7 +72,7 @@ def run(config: Config, folder, recipe: str) -> list[dict]:
     folder = workdir.prepare(folder, config, experiment="best_of_n", recipe=recipe, recipes=RECIPES)
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, config.split))
     params = dpo.base_params(config, layout)
-    scorer, reward = dpo.load_reward(config.reward, config.model, layout, tok)
+    scorer, reward = policies.load_reward(config.reward, config.model, layout, tok)
     asked = preferences.prompts(config.dataset, config.split, most=config.prompts)
     ids = [tokenizer.chat.render(messages, tok, generation=config.template, add_generation_prompt=True)[0]
            for messages in asked]  # fmt: skip

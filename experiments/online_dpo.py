@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import dpo, reward_model
+from experiments import dpo
 from qwen_jax import models, sharding, tokenizer
 from qwen_jax.batches import PreferenceBatch
 from qwen_jax.data import preferences
@@ -24,7 +24,7 @@ from qwen_jax.data.conversations import Document
 from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.training import bases, command, comparing, program, workdir
+from qwen_jax.training import bases, command, comparing, program, rows, workdir
 from qwen_jax.training.loop import say
 
 
@@ -81,12 +81,12 @@ class Sampled:
         judge = dataclasses.replace(self._judge, prompts=chosen, domains=["sampled"] * len(chosen))
         key = jax.random.fold_in(jax.random.key(config.seed), index)
         found = judge.samples(self._params, key, each=config.each, max_new_tokens=config.max_new_tokens)
-        rows = preferences.PreferenceRows(best_and_worst(chosen, found, config.each), config.length, 2)
+        pairs = preferences.PreferenceRows(best_and_worst(chosen, found, config.each), config.length, 2)
         if self._of_reference is not None:
-            rows.reference = self._of_reference(rows)
+            pairs.reference = self._of_reference(pairs)
         share = sharding.share(self._built.batch.tokens)
         count = config.batch_size // share["process_count"]
-        mine = [rows[place] for place in range(count * share["process_index"], count * (share["process_index"] + 1))]
+        mine = [pairs[place] for place in range(count * share["process_index"], count * (share["process_index"] + 1))]
         return PreferenceBatch(*(np.stack(arrays) for arrays in zip(*mine, strict=True)))
 
 
@@ -144,31 +144,27 @@ def run(config: Config, folder, recipe: str) -> None:
     built = build(config, sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="online_dpo", recipe=recipe, recipes=RECIPES)
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
-    held_out, layout, key = (
-        comparing.held_out(config, tok, label="online_dpo"),
-        built.layout,
-        jax.random.key(config.seed),
-    )
+    held_out, layout = comparing.held_out(config, tok, label="online_dpo"), built.layout
+    key = jax.random.key(config.seed)
     reference = dpo.base_params(config, layout)
     frozen = (reference,) if config.lora.rank else ()
-    reward_model.keep_random(folder, config, frozen)
-    judge = dpo.make_judge(config, tok, held_out, layout, reference)
+    bases.keep_random(folder, config, frozen)
+    judge = policies.make_judge(config.judge, config.model, held_out, tok, layout, reference)
     of_reference = None
     if config.reference == "cached" and config.preference.variant not in dpo.WITHOUT_REFERENCE:
         of_batch = functools.partial(dpo.reference_log_probs, model=config.model, layout=layout)
         comparing.keep_reference(
             folder / "reference.npz", held_out, of_batch, built, lambda: reference, label="online_dpo"
         )
-        of_reference = lambda rows: comparing.of_each_answer(of_batch, rows, built, reference)
+        of_reference = lambda some: comparing.of_each_answer(of_batch, some, built, reference)
     asked = prompts(config, tok)
     asker = dataclasses.replace(judge, prompts=asked, domains=["sampled"] * len(asked), reference=None)
-    state = comparing.fit(
+    state = rows.fit(
         built, Sampled(config, asker, built, of_reference, frozen), held_out, config=config, workdir=folder,
         experiment="online_dpo", initial=lambda: dpo.first_state(config, built, key, frozen), frozen=frozen,
-        sample=dpo.sampler(config, judge), sample_every=config.judge.every,
+        sample=policies.sampler(judge, config.judge, config.lora, seed=config.seed), sample_every=config.judge.every,
     )  # fmt: skip
-    if config.lora.rank:
-        reward_model.save_adapter(folder, config, state.params)
+    bases.save_adapter(folder, config, state.params)
     comparing.write_report(config, None, workdir=folder, title=f"online_dpo {recipe}", more=policies.write(folder))
     say("online_dpo", f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
 

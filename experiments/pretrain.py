@@ -163,18 +163,9 @@ def build(config, mesh: jax.sharding.Mesh, *, lora=FULL, dropout: float = 0.0) -
         )
     ints = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
     floats = jax.ShapeDtypeStruct(ints.shape, jnp.float32)
-    model, trained = (
-        config.model,
-        dict(init_params=functools.partial(models.init, config.model), param_axes=models.axes(config.model)),
-    )
-    if lora.rank:
-        trained = dict(
-            init_params=functools.partial(models.lora.init, model, lora), param_axes=models.lora.axes(model, lora),
-            frozen=[models.lora.base(model, lora, layout)],
-        )  # fmt: skip
-    loss_fn = functools.partial(language_model_loss, model=model, layout=layout)
+    loss_fn = functools.partial(language_model_loss, model=config.model, layout=layout)
     return program.build(
-        **trained,
+        **models.lora.trained(config.model, lora, layout),
         loss_fn=functools.partial(loss_fn, router=None if lora.rank else config.router, lora=lora, dropout=dropout),
         eval_loss_fn=functools.partial(loss_fn, lora=dataclasses.replace(lora, dropout=0.0)),
         tx=optimizer.make(config.optimizer, config.loop.steps, rates={"b": lora.b_rate} if lora.b_rate != 1 else None),

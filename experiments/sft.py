@@ -21,14 +21,14 @@ from experiments.pretrain import RouterLoss
 from experiments.pretrain import small as small_pretrain
 from experiments.pretrain import smoke as smoke_pretrain
 from qwen_jax import config as configs
-from qwen_jax import hf, models, sharding, tokenizer
+from qwen_jax import models, sharding, tokenizer
 from qwen_jax.batches import LMBatch
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import conversations, datasets
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.sharding import MeshConfig
 from qwen_jax.training import command, pretrained, program, supervised, workdir
-from qwen_jax.training.bases import from_base, run_tokenizer, with_rows
+from qwen_jax.training.bases import from_base, keep_random, run_tokenizer, save_adapter, with_rows
 from qwen_jax.training.loop import LoopConfig, say
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.samples import SamplesConfig
@@ -263,9 +263,7 @@ def run(config: Config, folder, recipe: str) -> tuple[Sequence[LMBatch], Sequenc
         built, train, validation, tok, config=config, workdir=folder, experiment="sft", recipe=recipe, initial=initial,
         lora=config.lora, frozen=frozen,
     )  # fmt: skip
-    if config.lora.rank:
-        base = str(folder / pretrained.BASE) if config.base == "random" else config.base
-        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, state.params), base=base)
+    save_adapter(folder, config, state.params)
     return train, [row for some in validation.values() for row in some]
 
 
@@ -276,10 +274,9 @@ def base_params(config: Config, built: program.Program, folder: Path) -> tuple[d
     """
     if config.base == "random":
         params = models.init(config.model, jax.random.key(config.seed), mesh=built.layout.mesh)
-        hf.save(folder / pretrained.BASE, config.model, params)
     else:
-        whole = build(dataclasses.replace(config, lora=LoraConfig()), built.layout.mesh)
-        params = pretrained.load_params(config.base, whole.state.params)
+        params = pretrained.load_params(config.base, models.placed(config.model, built.layout))
+    keep_random(folder, config, (params,))
     if config.lora.quantised:
         places = jax.tree.map(lambda struct: struct.sharding, built.frozen[0])
         params = jax.jit(functools.partial(models.lora.quantise, lora=config.lora), out_shardings=places)(params)

@@ -47,6 +47,11 @@ SPLITS = {"train": range(80), "validation": range(80, 90), "test": range(90, 100
 MARGIN = 1.0  # ratings that differ by less are no preference
 
 
+def every(size: int = 2) -> str:
+    """Returns the data set of all domains, as `data.sources` knows it: pairs, or lists of `size`."""
+    return ",".join(f"ratings-{domain}{f'-{size}' if size > 2 else ''}" for domain in FILES)
+
+
 class Sentence(NamedTuple):
     """A sentence and the mean of what people gave it, -4 (most negative) to 4."""
 

@@ -5,21 +5,32 @@ Shapes: N answers, T tokens of the longest prompt and answer.
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import models, rollout
-from qwen_jax.config import QwenConfig
-from qwen_jax.data.preferences import Answers
+from qwen_jax import models, rollout, tokenizer
+from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.data.preferences import Answers, PreferenceRows
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import Layout
 from qwen_jax.tokenizer import Tokenizer, chat
-from qwen_jax.training import hosts, metrics, samples
+from qwen_jax.training import hosts, metrics, pretrained, samples
 from qwen_jax.training.page import Block, Picture, Table, Text
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What looks at the policy's own answers while it trains."""
+
+    reward: str = ""  # workdir or Hugging Face folder of a reward model with the same tokenizer; empty: nobody looks
+    prompts: int = 4  # different held-out prompts
+    each: int = 16  # answers to each
+    max_new_tokens: int = 48
+    every: int = 0  # steps; 0: only at the start and the end
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,52 @@ def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
         return False
     special = set(one.special_tokens.values())
     return all(one.token_bytes(id) == other.token_bytes(id) for id in range(one.vocab_size) if id not in special)
+
+
+def make_judge(
+    config: JudgeConfig,
+    model: QwenConfig,
+    held_out: Mapping[str, PreferenceRows],
+    tok: Tokenizer,
+    layout: Layout,
+    reference: dict | None,
+) -> Judge:
+    """Returns the judge of a policy's answers to the first held-out prompts of each domain; raises as `load_reward`."""
+    prompts, domains = [], []
+    for name, rows in held_out.items():
+        found = distinct_prompts(rows.answers, -(-config.prompts // len(held_out)))
+        prompts, domains = prompts + found[0], domains + [name] * len(found[0])
+    scorer, reward = load_reward(config.reward, model, layout, tok)
+    return Judge(tok, model, reference, scorer, reward, prompts, domains, layout)
+
+
+def sampler(judge: Judge, config: JudgeConfig, lora: LoraConfig, *, seed: int) -> Callable[..., list[dict]]:
+    """Returns (params, *frozen) -> what the judge says of the policy's answers, for `training.loop.fit`."""
+
+    def sample(params, *frozen) -> list[dict]:
+        params = models.lora.merge(*frozen, params, lora) if frozen else params
+        return judge.samples(params, jax.random.key(seed), each=config.each, max_new_tokens=config.max_new_tokens)
+
+    return sample
+
+
+def load_reward(path: str, policy: QwenConfig, layout: Layout, tok: Tokenizer) -> tuple[QwenConfig, dict]:
+    """Returns config and parameters of a reward model, computed in the policy's types; "random" is one nobody trained.
+
+    Raises:
+      InputError: where none was given, it has no score head, or other tokens than the policy.
+    """
+    if path == "random":
+        scorer = policy.replace(head="score")
+        return scorer, models.init(scorer, jax.random.key(1), mesh=layout.mesh)
+    if not path:
+        raise InputError("no reward model was given; expected the workdir or the Hugging Face folder of one")
+    scorer = pretrained.read_config(path).replace(dtype=policy.dtype, param_dtype=policy.param_dtype)
+    if scorer.head != "score":
+        raise InputError(f"{path} has no score head: expected a reward model")
+    if not same_tokens(tok, tokenizer.load(pretrained.tokenizer_path(path))):
+        raise InputError(f"{path} has another tokenizer than the policy; expected a reward model of the same base")
+    return scorer, pretrained.load_params(path, models.placed(scorer, layout))
 
 
 def frontier(kept: dict[int, list[dict]]) -> list[tuple[int, float, float, float]]:

@@ -1,6 +1,6 @@
 """Qwen models: Flax modules that own parameters, and the functions that users call."""
 
-from qwen_jax.models import lora
+from qwen_jax.models import answers, lora
 from qwen_jax.models.decoder import Decoder, KVCache, head
 from qwen_jax.models.functional import (
     abstract,
@@ -11,6 +11,7 @@ from qwen_jax.models.functional import (
     log_probs,
     log_probs_and_routing,
     logits,
+    placed,
     scores,
     sequence_log_probs,
     with_score_head,
@@ -22,6 +23,7 @@ __all__ = [
     "Decoder",
     "KVCache",
     "abstract",
+    "answers",
     "axes",
     "forward",
     "fuse",
@@ -33,6 +35,7 @@ __all__ = [
     "log_probs_and_routing",
     "logits",
     "lora",
+    "placed",
     "scores",
     "sequence_log_probs",
     "upcycle",

@@ -63,6 +63,13 @@ def axes(config: QwenConfig) -> dict:
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def placed(config: QwenConfig, layout: Layout) -> dict:
+    """Returns the parameters as structs that say where each lies: what `training.pretrained.load_params` reads to."""
+    shapes = abstract(config)
+    where = sharding.tree_shardings(axes(config), shapes, layout)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where)
+
+
 def _unboxed(config: QwenConfig, key: jax.Array) -> dict:
     return nn.unbox(_boxed(config, key))
 

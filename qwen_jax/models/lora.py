@@ -17,6 +17,7 @@ from qwen_jax.config import LINEARS, LoraConfig, QwenConfig
 from qwen_jax.errors import InputError
 from qwen_jax.models.functional import abstract as abstract_params
 from qwen_jax.models.functional import axes as params_axes
+from qwen_jax.models.functional import init as init_params
 from qwen_jax.ops import lora as arithmetic
 from qwen_jax.ops import quantisation
 from qwen_jax.sharding import Layout
@@ -50,6 +51,18 @@ def init(config: QwenConfig, lora: LoraConfig, key: jax.Array, params: dict) -> 
 def abstract(config: QwenConfig, lora: LoraConfig) -> dict:
     """Returns the adapters' shapes and dtypes, computing nothing."""
     return jax.eval_shape(lambda params: init(config, lora, jax.random.key(0), params), abstract_params(config))
+
+
+def trained(config: QwenConfig, lora: LoraConfig, layout: Layout) -> dict:
+    """Returns what a run trains, as keywords of `training.program.build`: the model itself, or adapters beside it.
+
+    Raises:
+      InputError: as `base`, and where a target is nowhere in the model.
+    """
+    if not lora.rank:
+        return dict(init_params=functools.partial(init_params, config), param_axes=params_axes(config))
+    make = functools.partial(init, config, lora)
+    return dict(init_params=make, param_axes=axes(config, lora), frozen=[base(config, lora, layout)])
 
 
 def base(config: QwenConfig, lora: LoraConfig, layout: Layout) -> tuple[dict, dict]:

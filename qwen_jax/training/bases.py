@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from qwen_jax import tokenizer
+from qwen_jax import hf, tokenizer
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import sources
 from qwen_jax.errors import InputError
@@ -80,3 +80,16 @@ def run_tokenizer(
         return tokenizer.train((message["content"] for chat in chats for message in chat), config.model.vocab_size)
 
     return pretrained.keep_tokenizer(folder / "tokenizer", make, at_most=config.model.vocab_size)
+
+
+def keep_random(folder: Path, config: Config, frozen: tuple) -> None:
+    """Keeps a random base in the run's folder, or its adapters would stand beside nothing."""
+    if frozen and config.base == "random":
+        hf.save(folder / pretrained.BASE, config.model, frozen[0])
+
+
+def save_adapter(folder: Path, config: Config, params: dict) -> None:
+    """Keeps what a LoRA run has trained in peft's format; of another run nothing."""
+    if config.lora.rank:
+        base = str(folder / pretrained.BASE) if config.base == "random" else config.base
+        hf.save_adapter(folder / "adapter", config.model, hf.Adapter(config.lora, params), base=base)

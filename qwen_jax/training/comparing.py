@@ -1,46 +1,55 @@
-"""What reward models and preference optimisation share: rows of compared answers, the loop, a figure of each."""
+"""What reward models and preference optimisation share: their fields, rows of compared answers, a figure of each."""
 
-import contextlib
+import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from qwen_jax import sharding
 from qwen_jax.batches import PreferenceBatch
-from qwen_jax.config import QwenConfig
-from qwen_jax.data import loader, preferences, sources
+from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.data import datasets, loader, preferences, ratings, sources
 from qwen_jax.data.preferences import PreferenceRows
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
+from qwen_jax.sharding import Layout, MeshConfig
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.training import hosts, loop, report, throughput
+from qwen_jax.training import hosts, loop, optimizer, program, report
+from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.page import Block
-from qwen_jax.training.program import Program
-from qwen_jax.training.state import TrainState
 
 
-class Config(Protocol):
-    """The fields that an experiment on comparisons has among its own."""
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run on comparisons; an experiment adds what it makes of them."""
 
-    model: QwenConfig
+    model: QwenConfig  # how it is computed; its shape is read from the base
+    optimizer: OptimizerConfig
     loop: loop.LoopConfig
-    dataset: str
-    validation_dataset: str  # empty: a split of the first
-    format: str
-    bad_records: str
-    template: str
-    too_long: str  # "error" or "drop" a comparison with an answer over `limit`
-    validation_prompts: int  # of each source that an evaluation reads; 0 for all
-    limit: int  # tokens of a prompt and an answer
-    length: int  # tokens in a row
-    answers: int  # that a row has room for
-    batch_size: int  # rows in a step, over all processes
-    seed: int
+    base: str = ""  # Hugging Face folder or workdir of a run to start from; "random" starts from nothing
+    dataset: str = ratings.every()  # pairs or ranked lists: see docs/data.md
+    validation_dataset: str = ""  # such another; empty: a split of the first
+    validation_prompts: int = 0  # of each source that an evaluation reads; 0 for all
+    format: str = "auto"
+    bad_records: datasets.BadRecords = "error"
+    template: str = "qwen2"
+    too_long: Literal["error", "drop"] = "error"  # of a comparison with an answer over `limit`; none is ever cut
+    limit: int = 512  # tokens of a prompt and an answer
+    length: int = 768  # tokens in a row: it holds all answers to a prompt
+    answers: int = 12  # that a row has room for
+    batch_size: int = 8
+    microbatches: int = 1
+    dropout: float = 0.0  # of the embeddings and of what each layer adds, while training
+    lora: LoraConfig = LoraConfig()  # rank 0: the whole model is trained; a score head always is
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
 
 
 class Data(NamedTuple):
@@ -96,97 +105,88 @@ def batch(config: Config) -> PreferenceBatch:
     return PreferenceBatch(token(i), token(i), token(f), token(i), token(i), answer(i), answer(i), answer(f), answer(f))
 
 
-def fit(
-    program: Program,
-    train: PreferenceRows | loop.Batches,
-    validation: Mapping[str, PreferenceRows],
-    *,
-    config: Config,
-    workdir: pathlib.Path,
-    experiment: str,
-    initial: Callable[[], TrainState],
-    frozen: tuple = (),
-    sample: Callable[..., list[dict]] | None = None,
-    sample_every: int = 0,
-) -> TrainState:
-    """Trains on batches of rows to the end, or on from where the folder stands.
+def build(
+    config: Config, trained: dict, loss_fn: Callable, layout: Layout, *last: optax.GradientTransformation
+) -> program.Program:
+    """Returns the program of a run on comparisons; touches no device. Dropout is off at evaluation.
 
     Args:
-      program: from `program.build`, its batch as `batch` says.
-      train: rows, shuffled by config.seed, shared out over processes, read for ever; or batches that are made as they
-        are needed.
-      validation: domain -> rows; every evaluation reads them all.
       config: of the experiment.
-      workdir: from `workdir.prepare`.
-      experiment: what its lines are headed with.
-      initial: makes the state of step 0.
-      frozen: the arrays of program.frozen.
-      sample, sample_every: as in `loop.fit`.
+      trained: what is trained, from `models.lora.trained`.
+      loss_fn: (params, batch, key, *, lora, dropout) -> Loss, with the keyword frozen beside adapters.
+      layout: mesh and rules.
+      last: comes behind the optimizer.
 
-    Returns:
-      The state after the last step.
+    Raises:
+      InputError: as `program.build`; where the base beside adapters would be quantised.
     """
-    sampled = not isinstance(train, PreferenceRows)
-    loop.say(
-        experiment,
-        f"{config.model.param_counts()['total']:,} parameters; {'sampled' if sampled else f'{len(train):,}'} rows of "
-        f"{config.length} tokens; {config.loop.steps} steps; mesh {dict(program.layout.mesh.shape)}",
-    )
-    share = sharding.share(program.batch.tokens)
-    held_out = functools.partial(loader.evaluation, batch_size=config.batch_size, **share)
-    with contextlib.ExitStack() as stack:
-        batches = train
-        if not sampled:
-            batches = loader.batches(train, batch_size=config.batch_size, seed=config.seed, **share)
-            stack.callback(batches.close)
-        return loop.fit(
-            program,
-            batches,
-            config=config.loop,
-            workdir=workdir,
-            initial=initial,
-            validation={domain: functools.partial(held_out, some) for domain, some in validation.items()},
-            flops_per_token=throughput.train_flops_per_token(config.model, config.length, frozen=bool(frozen)),
-            label=experiment,
-            frozen=frozen,
-            sample=sample,
-            sample_every=sample_every,
+    lora = config.lora
+    if lora.quantised:
+        raise InputError(
+            f"lora.quantised is {lora.quantised!r}; expected '': comparisons are learned beside a whole base"
         )
+    rates = {"b": lora.b_rate} if lora.b_rate != 1 else None
+    return program.build(
+        **trained,
+        loss_fn=functools.partial(loss_fn, lora=lora, dropout=config.dropout),
+        eval_loss_fn=functools.partial(loss_fn, lora=dataclasses.replace(lora, dropout=0.0)),
+        tx=optax.chain(optimizer.make(config.optimizer, config.loop.steps, rates=rates), *last),
+        batch=batch(config),
+        batch_axes=PreferenceBatch.axes(),
+        layout=layout,
+        microbatches=config.microbatches,
+    )
 
 
 def keep_reference(
     path: pathlib.Path,
     parts: Mapping[str, PreferenceRows],
     function: Callable,
-    program: Program,
+    built: program.Program,
     reference: Callable[[], dict],
     *,
     label: str,
 ) -> None:
     """Gives every row the reference model's log-probabilities: those in the file, or they are computed and kept there.
 
+    The file knows what it was computed from: where the comparisons have changed since, they are computed anew.
+
     Args:
       path: the file, .npz.
       parts: name in the file -> rows.
       function: (batch, parameters) -> [B, A] float32 log-probability of each answer.
-      program: its mesh and batch.
-      reference: gives the reference's parameters; called only where there is no file.
+      built: its mesh and batch.
+      reference: gives the reference's parameters; called only where they are asked.
       label: goes before the line that says so.
     """
-    if not path.exists():
-        loop.say(label, f"computing the reference's log-probabilities, once: {path}")
-        params = reference()
-        found = {name: of_each_answer(function, some, program, params) for name, some in parts.items()}
+    of_now = {f"content of {name}": np.array(digest(some)) for name, some in parts.items()}
+    if path.exists():
+        with np.load(path) as kept:
+            known = {name: kept[name] for name in kept.files}
+        if all(name in known and known[name] == value for name, value in of_now.items()):
+            for name, some in parts.items():
+                some.reference[:] = known[name]
+            return
+        loop.say(label, f"WARNING: the comparisons are no longer those that {path} was computed from")
+    loop.say(label, f"computing the reference's log-probabilities, once: {path}")
+    params = reference()
+    for some in parts.values():
+        some.reference[:] = of_each_answer(function, some, built, params)
 
-        def write():
-            scratch = path.with_name("reference.partial.npz")
-            np.savez(scratch, **found)
-            scratch.rename(path)
+    def write():
+        scratch = path.with_name("reference.partial.npz")
+        np.savez(scratch, **{name: some.reference for name, some in parts.items()}, **of_now)
+        scratch.rename(path)
 
-        hosts.once(write)
-    with np.load(path) as kept:
-        for name, some in parts.items():
-            some.reference[:] = kept[name]
+    hosts.once(write)
+
+
+def digest(rows: PreferenceRows) -> str:
+    """Returns a hash of what log-probabilities of these answers depend on: their tokens, and which are learned."""
+    found = hashlib.sha256()
+    for ids, mask in rows.answers.documents:
+        found.update(np.array([len(ids)]).tobytes() + np.asarray(ids, np.int32).tobytes() + np.packbits(mask).tobytes())
+    return found.hexdigest()
 
 
 def write_report(
@@ -198,24 +198,24 @@ def write_report(
     report.write(workdir, title=title, budget=budget, unit="nats per comparison", more=more)
 
 
-def of_each_answer(function: Callable, some: PreferenceRows, program: Program, *arguments) -> np.ndarray:
-    """Computes a figure of every answer, on the program's mesh.
+def of_each_answer(function: Callable, some: PreferenceRows, built: program.Program, *arguments) -> np.ndarray:
+    """Computes a figure of every answer, on the mesh of a program.
 
     Args:
       function: (batch, *arguments) -> [B, A] float32; compiled here.
       some: the rows.
-      program: its mesh and batch.
+      built: its mesh and batch.
       arguments: arrays that are on the mesh.
 
     Returns:
       [n] float32 in the order of some.answers.
     """
-    whole = sharding.replicated(program.layout)
+    whole = sharding.replicated(built.layout)
     compute = jax.jit(function, out_shardings=whole)
-    rows = program.batch.tokens.shape[0]
+    rows = built.batch.tokens.shape[0]
     found, place = np.zeros(len(some.answers.values), np.float32), 0
-    for host in loader.evaluation(some, batch_size=rows, **sharding.share(program.batch.tokens)):
-        figures = np.asarray(jax.device_get(compute(sharding.put(host, program.batch), *arguments)))
+    for host in loader.evaluation(some, batch_size=rows, **sharding.share(built.batch.tokens)):
+        figures = np.asarray(jax.device_get(compute(sharding.put(host, built.batch), *arguments)))
         for row in figures[: len(some) - place]:
             members = some.members(place)
             found[members], place = row[: len(members)], place + 1

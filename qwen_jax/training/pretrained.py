@@ -46,7 +46,7 @@ def read_config(path: str | os.PathLike) -> QwenConfig:
     return hf.read_config(path)
 
 
-def load_params(path: str | os.PathLike, abstract=None) -> dict:
+def load_params(path: str | os.PathLike, abstract=None, *, step: int | None = None) -> dict:
     """Reads parameters straight to where they belong.
 
     Args:
@@ -54,6 +54,7 @@ def load_params(path: str | os.PathLike, abstract=None) -> dict:
       abstract: tree of ShapeDtypeStructs with shardings, as in Program.state.params; None takes the parameters as they
         are kept, on the first device. What else there is than it names (the head of a vocabulary, say, that a reward
         model does not need) is left.
+      step: of a run of a whole model, which checkpoint; the newest if None.
 
     Returns:
       The parameters, in the shapes, dtypes and shardings of `abstract`.
@@ -66,7 +67,7 @@ def load_params(path: str | os.PathLike, abstract=None) -> dict:
         trained = workdir.lora_config(path)
         if trained.rank:
             return _tuned(path, trained, abstract, shardings)
-        params = checkpoint.load_params(path, shardings=shardings)[1]
+        params = checkpoint.load_params(path, step=step, shardings=shardings)[1]
     else:
         from qwen_jax import hf
 

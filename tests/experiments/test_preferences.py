@@ -103,7 +103,7 @@ def test_switching_the_adapters_off_is_the_cached_reference():
     lora = LoraConfig(rank=2, targets=("v", "o"))
     params = models.init(MODEL, jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.3, models.lora.init(MODEL, lora, jax.random.key(1), params))
-    kept = dpo.answer_log_probs(params, batch, model=MODEL, layout=Layout())
+    kept = models.answers.log_probs(MODEL, params, batch, layout=Layout())
     loss = functools.partial(
         dpo.preference_loss, adapters, key=None, model=MODEL, layout=Layout(), how=dpo.PreferenceLoss(),
         frozen=(params,), lora=lora,
