@@ -12,7 +12,7 @@ from qwen_jax.config import LoraConfig
 from qwen_jax.errors import InputError
 from qwen_jax.ops import quantisation
 from qwen_jax.sharding import MeshConfig
-from qwen_jax.training import checkpoint, export, metrics, pretrained, samples
+from qwen_jax.training import checkpoint, export, metrics, pretrained, samples, workdir
 from qwen_jax.training.samples import SamplesConfig
 from tests.conftest import MESHES
 
@@ -68,6 +68,10 @@ def test_quickstart_smoke_reaches_its_report(tmp_path, capsys):
     quickstart.run(quickstart.smoke(), tmp_path / "run", "smoke")
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| pretrain |" in text and "| sft |" in text and "| What is 3 plus 4? |" in text
+    assert "Of 40 held-out pairs (made-up-pairs) it ranks" in text
+    scorer, _ = checkpoint.load_params(tmp_path / "run" / "reward")
+    assert scorer.head == "score" and pretrained.tokenizer_path(tmp_path / "run" / "reward").exists()
+    assert workdir.read(tmp_path / "run" / "reward")["config"]["base"] == str(tmp_path / "run" / "sft")
     assert "done: " in capsys.readouterr().out
 
 
