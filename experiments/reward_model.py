@@ -88,7 +88,7 @@ def small_pmp() -> Config:
 def smollm2() -> Config:
     """The same beside SmolLM2-135M, LoRA; give --base, the folder that tests/parity/smollm2.py writes.
 
-    A twelfth of an epoch; tested on the first 100 pairs of each domain.
+    A twentieth of an epoch; tested on the first 100 pairs of each domain.
     """
     return dataclasses.replace(
         small(),
