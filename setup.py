@@ -43,6 +43,7 @@ setup(
     extras_require={
         "test": TEST,
         "bench": ["scikit-learn>=1.9.1"],
+        "rl": ["reasoning-gym>=0.1.25"],  # verifiable tasks; one of its own requirements is compiled from C
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],
         "eval": ["lm_eval>=0.4.13"],  # pandas, scikit-learn and their like come with it: no test needs them
         "cuda": ["jax[cuda12]>=0.10.2,<0.11"],

@@ -14,6 +14,7 @@ _PARTS = (
     "models",
     "objectives",
     "ops",
+    "rewards",
     "rollout",
     "sharding",
     "tokenizer",

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "qwen_jax"
 
 FLOORS = {
     "errors": 0, "files": 0, "batches": 0, "long_context": 0, "config": 0, "sharding": 0, "tokenizer": 0,
-    "data": 1, "ops": 1, "objectives": 1,
+    "data": 1, "ops": 1, "objectives": 1, "rewards": 1,
     "models": 2,
     "hf": 3, "rollout": 3,
     "training": 4,
@@ -29,6 +29,7 @@ NEVER = {
     "ops": ("models", "config", "flax"),
     "data": ("models", "jax", "flax", "tensorflow"),
     "tokenizer": ("jax", "flax", "tensorflow", "torch"),
+    "rewards": ("models", "jax", "flax", "tensorflow"),  # it is loaded into the processes of users' functions
 }
 BANNED_NAMES = {"utils", "common", "base", "core", "helpers"}
 # Named, not found: a checkout also holds environments, runs and builds, which nobody wrote.
