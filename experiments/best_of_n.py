@@ -5,7 +5,7 @@
 
 Rejection sampling is the second line. Taking the best of n moves the answers by at most log n - (n - 1)/n nats of KL
 from the policy (Beirami et al., arXiv:2401.01879); `report.md` has the mean reward of each n beside that bound, from
-all samples at once. Answers that did not end are not kept.
+all samples at once. Answers that did not end are not in the file; all are in samples/.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.eval import policies
 from qwen_jax.files import write_whole
 from qwen_jax.sharding import Layout, MeshConfig
-from qwen_jax.training import bases, command, hosts, report, workdir
+from qwen_jax.training import bases, command, hosts, report, samples, workdir
 from qwen_jax.training.loop import say
 from qwen_jax.training.page import Block, Picture, Table, Text
 
@@ -90,6 +90,7 @@ def run(config: Config, folder, recipe: str) -> list[dict]:
         for messages, some in zip(asked, groups, strict=True)
         if (best := max((one for one in some if one["finished"]), key=lambda one: one["reward"], default=None))
     ]
+    samples.write(folder, 0, found)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     hosts.once(lambda: write_whole(folder / "best.jsonl", lines))
     hosts.once(lambda: policies.plot_by_n(folder / "plots" / "best_of_n.png", figures))

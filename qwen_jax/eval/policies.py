@@ -16,6 +16,7 @@ from qwen_jax import models, rollout, tokenizer
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data.preferences import Answers, PreferenceRows
 from qwen_jax.errors import InputError
+from qwen_jax.eval import own_answers
 from qwen_jax.sharding import Layout
 from qwen_jax.tokenizer import Tokenizer, chat
 from qwen_jax.training import hosts, metrics, pretrained, samples
@@ -64,10 +65,10 @@ class Judge:
     def samples(self, params: dict, key: jax.Array, *, each: int, max_new_tokens: int) -> list[dict]:
         """Returns `each` answers of the policy to every prompt, at temperature 1.
 
-        Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "kl", the answer's
-        log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference), 0 without one;
-        "reward"; "ids"; and "answer", what the completion says without control tokens. What did not end is scored as if
-        it ended there.
+        Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "log_prob", of the
+        answer, in nats; "kl", log(p / p of the reference), whose mean is the policy's distance KL(policy | reference),
+        0 without one; "reward"; "ids"; and "answer", what the completion says without control tokens. What did not end
+        is scored as if it ended there.
         """
         asked = [list(prompt) for prompt in self.prompts for _ in range(each)]
         stops = chat.stop_ids(self.tok)
@@ -88,6 +89,7 @@ class Judge:
                 "completion": self.tok.decode(answer),
                 "tokens": len(answer),
                 "finished": answer[-1] in stops,
+                "log_prob": float(sums[place]),
                 "kl": float(kl[place]),
                 "reward": float(reward[place]),
                 "ids": answer,
@@ -216,14 +218,8 @@ def write(folder: pathlib.Path) -> list[Block]:
         ),
         Table(["step", "accuracy", "margin", "reward of the preferred", "of the other"], table),
     ]
-    if rows:
-        lines = [[str(step), f"{kl:.2f}", f"{reward:.3f} ± {error:.3f}"] for step, kl, reward, error in rows]
-        blocks += [
-            Text("The policy's own answers", 2),
-            Text("Sampled at temperature 1 for held-out prompts; ± is the standard error of the mean."),
-            Table(["step", "KL from the reference, nats an answer", "reward model's score"], lines),
-        ]
-    return [*blocks, Picture("plots/dpo.png", "held-out pairs, and reward against KL")]
+    blocks.append(Picture("plots/dpo.png", "held-out pairs, and reward against KL"))
+    return [*blocks, *(own_answers.blocks(kept) if kept else ())]
 
 
 def by_n(rewards: list[list[float]]) -> list[dict]:

@@ -215,8 +215,8 @@ def _gigabytes(size: int) -> str:
 
 
 def compared(kept: dict[int, list[dict]]) -> list[Block]:
-    """Samples of the first and the last time, side by side."""
-    if not kept:
+    """Samples of the first and the last time, side by side; those that were judged stand with their rewards."""
+    if not kept or "reward" in kept[min(kept)][0]:
         return []
     first, last = min(kept), max(kept)
     rows = [

@@ -200,6 +200,7 @@ def test_best_of_n_keeps_the_best_that_ended_and_writes_what_sft_reads(scored, t
     assert len({line["messages"][0]["content"] for line in lines}) == 4
     assert formats.conversation(lines[0], formats.detect(lines[0])).messages == lines[0]["messages"]
     assert "KL, at most" in (tmp_path / "run" / "report.md").read_text()
+    assert len(samples.read(tmp_path / "run")[0]) == 4 * 4
 
 
 def test_best_of_n_of_random_models_reaches_its_report(tmp_path):
