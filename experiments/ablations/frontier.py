@@ -104,7 +104,8 @@ def read(folder: Path) -> Run:
         points = [Point(f["n"], f["kl_bound"], f["reward"], None) for f in policies.by_n(list(groups.values()))]
     else:
         won = lambda some: own_answers.win_rate([sample["reward"] for sample in some], rewards).share
-        points = [Point(step, kl, reward, won(kept[step])) for step, kl, reward, _ in policies.frontier(kept)]
+        by_step = {step: own_answers.figures(some) for step, some in kept.items()}
+        points = [Point(step, f["kl"], f["reward"], won(kept[step])) for step, f in by_step.items()]
     figures = own_answers.figures(first)
     return Run(points, (figures["reward"], figures["reward_error"]), frozenset(sample["prompt"] for sample in first))
 

@@ -34,19 +34,21 @@ def figures(samples: Sequence[Mapping]) -> dict[str, float]:
     "finished", the share that ended by themselves; "entropy" in nats a token, estimated without bias by less the mean
     log-probability of what was sampled; "distinct_1" and "distinct_2", the different n-grams of all answers over all
     n-grams (Li et al., arXiv:1510.03055, section 5): comparable between equally many answers of similar length;
-    "repetition", the mean share of an answer's runs of NGRAM tokens that it has had before.
+    "repetition", the mean share of an answer's runs of NGRAM tokens that it has had before; "failed", the share whose
+    reward nobody could tell (it is not finite): they count in all figures but the reward's.
 
     Raises:
-      InputError: there are no answers.
+      InputError: there are no answers, or none has a reward.
     """
-    if not samples:
-        raise InputError("there are no answers to make figures of; expected one or more")
+    if not any(math.isfinite(sample["reward"]) for sample in samples):
+        raise InputError(f"of {len(samples)} answers none has a reward; expected some that have one")
     column = lambda name: np.array([sample[name] for sample in samples], np.float64)
     error = lambda x: float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
-    ids = [sample["ids"] for sample in samples]
+    rewards, ids = column("reward"), [sample["ids"] for sample in samples]
+    known = rewards[np.isfinite(rewards)]
     lengths = np.array([len(some) for some in ids])
     found = {
-        "reward": float(column("reward").mean()), "reward_error": error(column("reward")),
+        "reward": float(known.mean()), "reward_error": error(known), "failed": 1 - len(known) / len(rewards),
         "kl": float(column("kl").mean()), "kl_error": error(column("kl")),
         "length": float(lengths.mean()), "finished": float(column("finished").mean()),
         "distinct_1": distinct(ids, 1), "distinct_2": distinct(ids, 2),
@@ -67,6 +69,7 @@ def win_rate(mine: Sequence[float], theirs: Sequence[float], *, sigmas: float = 
     """Returns how often an answer has the higher reward, equal ones counting half, with Wilson's interval.
 
     Pairs are independent given their prompts: the interval is about these prompts. With halves it is a little too wide.
+    Pairs of which one has no finite reward are left out.
 
     Args:
       mine, theirs: rewards of the policies' answers to the same prompts, in the same order.
@@ -77,7 +80,11 @@ def win_rate(mine: Sequence[float], theirs: Sequence[float], *, sigmas: float = 
     """
     if len(mine) != len(theirs) or not len(mine):
         raise InputError(f"answers to compare are {len(mine)} and {len(theirs)}; expected as many of each, and some")
-    a, b = np.asarray(mine), np.asarray(theirs)
+    a, b = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
+    both = np.isfinite(a) & np.isfinite(b)
+    if not both.any():
+        raise InputError(f"of {len(a)} pairs of answers none has two rewards; expected some that have")
+    a, b = a[both], b[both]
     share, n = float(np.mean((a > b) + 0.5 * (a == b))), len(a)
     middle = (share + sigmas**2 / (2 * n)) / (1 + sigmas**2 / n)
     half = sigmas * math.sqrt(share * (1 - share) / n + (sigmas / (2 * n)) ** 2) / (1 + sigmas**2 / n)

@@ -65,10 +65,10 @@ class Judge:
     def samples(self, params: dict, key: jax.Array, *, each: int, max_new_tokens: int) -> list[dict]:
         """Returns `each` answers of the policy to every prompt, at temperature 1.
 
-        Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "log_prob", of the
-        answer, in nats; "kl", log(p / p of the reference), whose mean is the policy's distance KL(policy | reference),
-        0 without one; "reward"; "ids"; and "answer", what the completion says without control tokens. What did not end
-        is scored as if it ended there.
+        Each is {"domain", "prompt", "completion", "tokens", "finished"} as of `training.samples`; "kl", the answer's
+        log(p / p of the reference) in nats, whose mean is the policy's distance KL(policy | reference), 0 without one;
+        "log_prob", its own; "reward"; "ids"; and "answer", what the completion says without control tokens. What did
+        not end is scored by the reward model as if it ended there.
         """
         asked = [list(prompt) for prompt in self.prompts for _ in range(each)]
         stops = chat.stop_ids(self.tok)
@@ -89,8 +89,8 @@ class Judge:
                 "completion": self.tok.decode(answer),
                 "tokens": len(answer),
                 "finished": answer[-1] in stops,
-                "log_prob": float(sums[place]),
                 "kl": float(kl[place]),
+                "log_prob": float(sums[place]),
                 "reward": float(reward[place]),
                 "ids": answer,
                 "answer": self.tok.decode(answer, skip_special=True),

@@ -126,7 +126,8 @@ def _ended(e: Evidence, config: DoctorConfig) -> Finding:
     early = sum(bool(np.isin(a[:-1], e.stop_ids).any()) for a in answers)
     empty = sum(len(a) == 0 for a in answers)
     return Finding(
-        "ends", f"{ended.mean():.1%} end with a stop id, {early} go on behind one, {empty} are empty",
+        "ends",
+        f"{ended.mean():.1%} end with a stop id, {early} go on behind one, {empty} are empty or have no reward",
         f"{config.ended:.0%} or more, 0, 0", bool(ended.mean() >= config.ended and not early and not empty),
         "the base never learned to stop (fine-tune it with ends in its loss), max_new_tokens is too small, or the mask "
         "of answers is off by one",
@@ -212,7 +213,7 @@ def _rewards(e: Evidence, config: DoctorConfig) -> Finding | None:
 def _advantages(e: Evidence, config: DoctorConfig) -> Finding | None:
     if e.advantages is None:
         return None
-    found = e.advantages[e.mask != 0] if e.advantages.ndim == 2 else e.advantages
+    found = _of_answers(e.advantages, e.mask) if e.advantages.ndim == 2 else e.advantages
     mean, spread = float(np.mean(found)), float(np.std(found))
     sound = bool(np.isfinite(found).all()) and spread > 0
     return Finding(
@@ -307,6 +308,16 @@ def read(folder: pathlib.Path) -> list[Finding]:
     """Returns what `keep` wrote; nothing where it did not."""
     path = folder / FILE
     return [Finding(**found) for found in json.loads(path.read_text())] if path.exists() else []
+
+
+def _of_answers(x_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    """Returns what stands under the mask; where all tokens of each answer share one value, one of each answer.
+
+    Advantages of groups are centred over answers: over tokens, long answers would count more.
+    """
+    rows = [row[mask != 0] for row, mask in zip(x_BT, mask_BT, strict=True)]
+    shared = all(len(row) == 0 or np.ptp(row) == 0 for row in rows)
+    return np.concatenate([row[:1] if shared else row for row in rows])
 
 
 def _largest(x: np.ndarray) -> float:

@@ -69,8 +69,17 @@ def test_a_win_of_the_one_is_no_win_of_the_other_and_ties_are_halves(pairs):
 def test_what_cannot_be_compared_is_one_line():
     with pytest.raises(InputError, match="answers to compare are 1 and 2"):
         own_answers.win_rate([1.0], [1.0, 2.0])
-    with pytest.raises(InputError, match="no answers to make figures of"):
-        own_answers.figures([])
+    with pytest.raises(InputError, match="of 1 pairs of answers none has two rewards"):
+        own_answers.win_rate([math.nan], [1.0])
+    for some in ([], [sample(reward=math.nan)]):
+        with pytest.raises(InputError, match=f"of {len(some)} answers none has a reward"):
+            own_answers.figures(some)
+
+
+def test_an_answer_whose_reward_failed_is_left_out_of_rewards_and_wins_and_counted():
+    found = own_answers.figures([sample(reward=1.0), sample(reward=math.nan, ids=[1, 2, 3]), sample(reward=3.0)])
+    assert found["reward"] == 2 and found["failed"] == pytest.approx(1 / 3) and found["length"] == pytest.approx(7 / 3)
+    assert own_answers.win_rate([1.0, math.nan, 2.0], [0.0, 0.0, 2.0]).share == 0.75
 
 
 def test_a_report_has_figures_by_step_and_the_first_answers_before_and_after():

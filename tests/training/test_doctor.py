@@ -92,6 +92,16 @@ def test_an_illness_is_found_by_its_check_and_stops_the_run_in_one_line(changes,
     doctor.insist(doctor.examine(evidence), DoctorConfig(tolerated=tuple(names)))
 
 
+def test_advantages_of_groups_are_centred_over_answers_however_long_they_are():
+    lead = np.array([1.0, -1.0] * (B // 2)) - (H.mask.sum(axis=1) == 2)  # short ones are worse
+    lead -= lead.mean()
+    spread_BT = np.where(H.mask != 0, lead[:, None], np.nan)
+    assert abs(np.nanmean(spread_BT)) > HEALTH.centre * np.nanstd(spread_BT)  # over tokens they are not
+    assert failed(H._replace(advantages=spread_BT)) == []
+    by_token = np.where(H.mask != 0, 1.0 + np.arange(T) % 2, np.nan)
+    assert failed(H._replace(advantages=by_token)) == ["advantages"]
+
+
 def test_what_was_not_centred_need_not_be_centred():
     assert failed(H._replace(advantages=H.advantages + 3, centred=False)) == []
 
