@@ -69,6 +69,12 @@ def test_a_process_is_kept_between_batches_and_is_not_this_one_and_prints_elsewh
         os.kill(int(first[0]), 0)
 
 
+def test_the_process_has_loaded_no_jax_and_would_not_take_the_accelerator():
+    outside = Outside(f"{HERE}:loaded", timeout=30.0)
+    assert outside([sample()] * 2) == [0.0, 0.0]
+    outside.close()
+
+
 @pytest.mark.parametrize(
     "path, line",
     [

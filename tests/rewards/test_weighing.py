@@ -1,10 +1,14 @@
 """The weighted sum is that of a loop; what goes wrong gets the fallback, is counted and said once."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from qwen_jax.rewards import RewardConfig, Rewards, Sample, tasks
+from qwen_jax.rewards import RewardConfig, Rewards, Sample, calling, tasks, weighing
+from qwen_jax.training import doctor, watch
 
 USER = "tests.rewards.functions:told"
 
@@ -78,3 +82,16 @@ def test_no_samples_are_no_trouble():
 def test_rewards_that_there_are_not_are_one_line(fields, line):
     with pytest.raises(InputError, match=line):
         Rewards(RewardConfig(**fields))
+
+
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+
+
+def test_the_page_names_all_there_is_and_its_function_works():
+    named = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", DOCS, flags=re.DOTALL)))
+    assert {*weighing.NAMES, *doctor.NAMES, *watch.SIGNS} <= named
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", DOCS, re.DOTALL)[1], names)
+    assert calling.call(names["polite"], [sample("please do"), sample("no")]) == [1.0, 0.0]
+    flags = re.search(r"--rewarded.terms (.*)", DOCS)[1].split()
+    assert RewardConfig(terms=tuple(flags)).weights()["length"] == 0.5
