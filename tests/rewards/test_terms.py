@@ -2,6 +2,7 @@
 
 import collections
 import re
+import sys
 from fractions import Fraction
 
 import pytest
@@ -130,3 +131,11 @@ def test_solutions_are_right_and_the_right_number_is_worth_1():
 def test_problems_that_there_are_not_are_one_line(task, split, line):
     with pytest.raises(InputError, match=line):
         tasks.load(task, split, 30)
+
+
+def test_a_task_whose_package_is_missing_is_one_line_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "qwen_jax.rewards.gym", raising=False)
+    for asked in (lambda: tasks.load("gym/gcd", "train", 1), lambda: tasks.scorer("gym/gcd")):
+        with pytest.raises(InputError, match="'gym/gcd' needs reasoning-gym: pip install"):
+            asked()
