@@ -127,6 +127,18 @@ class Judge:
             tokens[place, : len(ids)], segments[place, : len(ids)] = ids, 1
         return jnp.asarray(tokens), jnp.asarray(segments)
 
+    def scores(self, answers: Answers, *, at_once: int = 64) -> np.ndarray:
+        """Returns what the reward model says of answers that people rated, [n] float32, for `preferences.scored`.
+
+        Args:
+          answers: each with its prompt; those to one prompt need not be read together.
+          at_once: how many are read in one pass.
+        """
+        rows = [document.ids.tolist() for document in answers.documents]
+        end, stops, none = self.tok.special_tokens["<|im_end|>"], chat.stop_ids(self.tok), [[]] * at_once
+        parts = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
+        return np.concatenate([self._scores(none[: len(some)], some, end, stops) for some in parts])
+
 
 def distinct_prompts(answers: Answers, most: int) -> tuple[list[list[int]], list[str]]:
     """Returns the first different prompts of answers, as ids up to where the answer begins, and their domains."""
