@@ -1,10 +1,11 @@
-"""From nothing to a model that answers, and one that judges: tokenizer, pretraining, fine-tuning, reward model, report.
+"""From nothing to a model shaped by people's taste: tokenizer, pretraining, fine-tuning, reward model, PPO, report.
 
     python -m experiments.quickstart cpu --workdir runs/quickstart
 
-Real data (4,000 chats between people), two CPU cores, about six minutes and under 4 GB. In the first two stages the
+Real data (4,000 chats between people), two CPU cores, about eight minutes and under 4 GB. In the first two stages the
 held-out loss falls below that of a Kneser-Ney bigram model counted on the same tokens; the third learns from human
-ratings which of two tweets is the more positive one. The figures of your run stand in report.md. A model of 0.9 million
+ratings which of two tweets is the more positive one; in the last, PPO makes the model's own tweets score higher. The
+figures of your run stand in report.md. A model of 0.9 million
 parameters does not know anything: its replies show that it learnt whose turn it is, how people chat, and when to stop.
 Stopped, it goes on from its last checkpoint when it is started again.
 """
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import jax
 
-from experiments import pretrain, reward_model, sft
+from experiments import ppo, pretrain, reward_model, sft
 from qwen_jax import rollout, tokenizer
 from qwen_jax.data import baseline
+from qwen_jax.eval import reinforced
 from qwen_jax.training import checkpoint, command, metrics, page, report, workdir
+from qwen_jax.training.doctor import DoctorConfig
 from qwen_jax.training.page import Picture, Table, Text
 
 
@@ -30,6 +33,7 @@ class Config:
     pretrain: pretrain.Config
     sft: sft.Config
     reward: reward_model.Config
+    ppo: ppo.Config
     prompts: tuple[str, ...] = ("Hi, how are you?", "What do you do for fun?", "Do you have any pets?", "I like music.")
     max_new_tokens: int = 48
     temperature: float = 0.7
@@ -37,8 +41,8 @@ class Config:
 
 
 def cpu() -> Config:
-    """The whole road on two CPU cores: about six minutes."""
-    return Config(pretrain.small(), sft.small(), reward_model.tweets())
+    """The whole road on two CPU cores: about eight minutes."""
+    return Config(pretrain.small(), sft.small(), reward_model.tweets(), ppo.quickstart())
 
 
 def ci() -> Config:
@@ -57,12 +61,21 @@ def ci() -> Config:
         validation_prompts=40,
         test_prompts=40,
     )
-    return dataclasses.replace(full, pretrain=short(full.pretrain, 60), sft=short(full.sft, 20), reward=reward)
+    learned = dataclasses.replace(
+        full.ppo,
+        loop=dataclasses.replace(full.ppo.loop, steps=4, eval_every=4, checkpoint_every=4),
+        judge=dataclasses.replace(full.ppo.judge, prompts=8, every=0),
+        doctor=DoctorConfig(tolerated=("ends", "values")),  # of models that have learned next to nothing
+    )
+    stages = dict(pretrain=short(full.pretrain, 60), sft=short(full.sft, 20), reward=reward, ppo=learned)
+    return dataclasses.replace(full, **stages)
 
 
 def smoke() -> Config:
     """Two steps of each stage on made-up chats: seconds, no network."""
-    return Config(pretrain.smoke(), sft.smoke(), reward_model.smoke(), prompts=("What is 3 plus 4?",), max_new_tokens=4)
+    return Config(
+        pretrain.smoke(), sft.smoke(), reward_model.smoke(), ppo.smoke(), ("What is 3 plus 4?",), max_new_tokens=4
+    )
 
 
 RECIPES = {"cpu": cpu, "ci": ci, "smoke": smoke}
@@ -100,6 +113,8 @@ def run(config: Config, folder, recipe: str) -> None:
     }
     reward = dataclasses.replace(config.reward, base=str(stages["sft"]))
     agreement = reward_model.run(reward, folder / "reward", recipe)
+    learned = dataclasses.replace(config.ppo, base=str(stages["sft"]), reward=str(folder / "reward"))
+    ppo.run(learned, folder / "ppo", recipe)
     print("[quickstart] counting n-gram models on the same rows, and sampling replies", flush=True)
     vocab_size = config.pretrain.model.vocab_size
     baselines = {name: baseline.ngram_loss(*pair, vocab_size=vocab_size) for name, pair in rows.items()}
@@ -111,6 +126,8 @@ def run(config: Config, folder, recipe: str) -> None:
         *losses(curves, baselines),
         Text("Reward model", 2),
         Text(told(agreement, reward.dataset)),
+        Text("PPO", 2),
+        *reinforced.before_and_after(folder / "ppo"),
         Text("Replies", 2),
         Table(["asked", "before fine-tuning", "after"], [*zip(config.prompts, *answers, strict=True)]),
     ]

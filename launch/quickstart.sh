@@ -15,5 +15,5 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then
   shift
 fi
 workdir=${WORKDIR:-runs/quickstart}
-echo "[quickstart] recipe $recipe in $workdir: about 5 minutes on two CPU cores (recipe cpu)"
+echo "[quickstart] recipe $recipe in $workdir: about 8 minutes on two CPU cores (recipe cpu)"
 exec .venv/bin/python -m experiments.quickstart "$recipe" --workdir "$workdir" "$@"

@@ -57,6 +57,35 @@ class PreferenceBatch(NamedTuple):
         return cls(*[("batch", "length")] * 5, *[("batch", None)] * 4)
 
 
+class Rollout(NamedTuple):
+    """Answers that a policy has sampled, one a row; those to one prompt stand next to each other.
+
+    Place t of [B, T] holds figures of the token at t + 1, as everywhere where tokens are learned.
+
+    Attributes:
+      tokens: [B, T] int32, prompt and answer, and the end of the turn where the answer was cut off; 0 behind.
+      segment_ids: [B, T] int32, 1 where there is a token, else 0.
+      mask: [B, T] float32, 1 where the token that follows was sampled; all 0 in an answer that nobody could rate.
+      log_probs: [B, T] float32, of the token that follows under the policy itself, when it was sampled; 0 where masked.
+      sampling_log_probs: [B, T] float32, the same in the distribution it was drawn from, filters and all.
+      ends: [B] int32, the place of the row's last token, where a reward model reads its score.
+      rewards: [B] float32, from what is no model on the mesh.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    mask: Array
+    log_probs: Array
+    sampling_log_probs: Array
+    ends: Array
+    rewards: Array
+
+    @classmethod
+    def axes(cls) -> "Rollout":
+        """Returns the logical axes of each array."""
+        return cls(*[("batch", "length")] * 5, *[("batch",)] * 2)
+
+
 class Loss(NamedTuple):
     """What an objective hands to the train step: sums, so that adding microbatches is exact.
 

@@ -130,6 +130,26 @@ def prompts(dataset: str, split: str, *, most: int) -> list[list[Message]]:
     return list(found.values())
 
 
+def beginnings(dataset: str, split: str, *, words: int, most: int) -> list[tuple[list[Message], str]]:
+    """Prompts with the first words of what the data answers, for a model to go on from: `most` different ones.
+
+    Answers of no more than `words` words are passed over.
+
+    Raises:
+      InputError: as `texts`.
+    """
+    found: dict[str, tuple[list[Message], str]] = {}
+    for prompt, answers in _said(dataset, split):
+        for answer in answers:
+            said = answer["content"].split()
+            if len(said) > words and len(found) < most:
+                begin = " ".join(said[:words])
+                found.setdefault(json.dumps([prompt, begin]), (prompt, begin))
+        if len(found) == most:
+            break
+    return list(found.values())
+
+
 def _said(dataset: str, split: str) -> Iterator[tuple[list[Message], list[Message]]]:
     """Yields the prompt and the answers of each record of a split."""
     for source in sources.find(dataset, split):

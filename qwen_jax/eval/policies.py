@@ -36,28 +36,32 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class Judge:
-    """A reference model and a reward model, that look at answers to some prompts.
+    """A reference model and what rates answers, that look at answers to some prompts.
 
     Attributes:
       tok: the tokenizer of all three models.
       model, reference: config of policy and reference, and the reference's parameters; None looks at no distance.
-      scorer, reward: config and parameters of the reward model.
+      scorer, reward: config and parameters of the reward model; None where `rate` tells alone.
       prompts: ids each, as they are rendered for an answer.
       domains: one name for each prompt.
       layout: where all parameters are.
+      rate: (prompts, answers), ids each -> a reward each, [N], added to the reward model's; None adds nothing.
     """
 
     tok: Tokenizer
     model: QwenConfig
     reference: dict | None
-    scorer: QwenConfig
-    reward: dict
+    scorer: QwenConfig | None
+    reward: dict | None
     prompts: Sequence[Sequence[int]]
     domains: Sequence[str]
     layout: Layout
+    rate: Callable[[list[list[int]], list[list[int]]], np.ndarray] | None = None
 
     def __post_init__(self):
-        if self.scorer.head != "score":
+        if self.scorer is None and self.rate is None:
+            raise InputError("nothing rates the answers; expected a reward model or reward functions")
+        if self.scorer is not None and self.scorer.head != "score":
             raise InputError(
                 'the reward model has no score head (config.head is "vocabulary"); expected a reward model'
             )
@@ -80,7 +84,9 @@ class Judge:
         answers = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         sums = np.array([row[:length].sum() for row, length in zip(log_probs, lengths, strict=True)])
         kl = np.zeros_like(sums) if self.reference is None else sums - self._log_probs(asked, answers)
-        reward = self._scores(asked, answers, self.tok.special_tokens["<|im_end|>"], stops)
+        reward = np.zeros_like(sums) if self.rate is None else np.asarray(self.rate(asked, answers), np.float32)
+        if self.scorer is not None:
+            reward = reward + self._scores(asked, answers, self.tok.special_tokens["<|im_end|>"], stops)
         return [
             {
                 "domain": self.domains[place // each],

@@ -37,3 +37,18 @@ def per_token(log_probs: jax.Array, other_log_probs: jax.Array, *, estimator: Es
     if estimator == "k3":
         return jnp.expm1(d) - d
     raise InputError(f"the estimator {estimator!r} is unknown; expected one of {', '.join(get_args(Estimator))}")
+
+
+def adapted(kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, answers: int) -> jax.Array:
+    """Returns the weight of the divergence for the next rollout, steered to a target (arXiv:1909.08593, section 2.2).
+
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * answers / horizon)
+
+    Args:
+      kl_coef: scalar, of this rollout.
+      kl: scalar, nats an answer, measured on it.
+      target: what kl should be.
+      horizon: answers in which the weight may change by a fifth of itself.
+      answers: of the rollout.
+    """
+    return kl_coef * (1.0 + jnp.clip(kl / target - 1.0, -0.2, 0.2) * answers / horizon)

@@ -55,7 +55,9 @@ class Batches(Protocol):
     """Batches with a position: a grain.DatasetIterator, or anything that has these three.
 
     One that has a method `see` besides is given the newest parameters before each batch, to sample from the policy as
-    it is. Its batch n has to be a function of them and of n alone.
+    it is. Its batch n has to be a function of them and of n alone. What it has as `metrics`, name -> figure of the
+    batch it gave last, is logged with those of the step; one that has `watch` is called with (step, figures) of each
+    finished step, and may stop the run by raising.
     """
 
     def __next__(self) -> Any: ...
@@ -171,7 +173,7 @@ class _Run:
         step_fns = self._prepare(state.params, start)
         waiting = None
         self._start_clock(start)
-        see = getattr(batches, "see", None)
+        see, self.watch = getattr(batches, "see", None), getattr(batches, "watch", None)
         for step in range(start + 1, config.steps + 1):
             with timed("data"):
                 if see is not None:
@@ -182,7 +184,7 @@ class _Run:
             with timed("step"):
                 state, metrics = step_fns[length](state, batch, *self.frozen)
                 self._settle(waiting)  # reading figures waits for the device: those of step n - 1 while n runs
-            waiting = (step, metrics)
+            waiting = (step, metrics | getattr(batches, "metrics", {}))
             last = step == config.steps
             stop = not last and told_to_stop(step)  # then there may not be the time to evaluate
             due = lambda every, step=step, last=last: last or (every and step % every == 0)
@@ -235,6 +237,8 @@ class _Run:
             return
         step, metrics = waiting
         self._check_finite(step, metrics)
+        if self.watch is not None:
+            self.watch(step, {name: float(value) for name, value in metrics.items()})
         self.accounts.steps += 1
         self.accounts.weight += float(metrics["weight"])
         self.progress.update()
@@ -259,8 +263,9 @@ class _Run:
             "model_flops_utilisation": tokens_per_second * self.accounts.flops_per_token / self.accounts.peak_flops,
         }
         self.writer.write(step, values)
-        shown = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "model_flops_utilisation")
-        self.progress.show(step, {name: values[name] for name in shown})
+        shown = ("rollout/reward", "rollout/kl", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+        shown += ("model_flops_utilisation",)
+        self.progress.show(step, {name: values[name] for name in shown if name in values})
 
     def _check_finite(self, step: int, metrics: dict) -> None:
         """Counts skipped steps in a row; too many end the run before it wastes more."""

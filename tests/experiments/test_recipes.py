@@ -69,6 +69,7 @@ def test_quickstart_smoke_reaches_its_report(tmp_path, capsys):
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| pretrain |" in text and "| sft |" in text and "| What is 3 plus 4? |" in text
     assert "Of 40 held-out pairs (made-up-pairs) it ranks" in text
+    assert "answers to held-out prompts was" in text and "## Answers before and after" in text
     scorer, _ = checkpoint.load_params(tmp_path / "run" / "reward")
     assert scorer.head == "score" and pretrained.tokenizer_path(tmp_path / "run" / "reward").exists()
     assert workdir.read(tmp_path / "run" / "reward")["config"]["base"] == str(tmp_path / "run" / "sft")

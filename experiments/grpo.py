@@ -1,0 +1,484 @@
+"""Group relative policy optimisation and its successors (Qwen2.5 report, arXiv:2412.15115, section 4.3).
+
+    python -m experiments.grpo small --workdir runs/grpo --base runs/arithmetic
+
+Each step asks some prompts, samples `sampling.each` answers to each from the policy as it is, rates them, and makes the
+better ones of each group likelier. The reference is the base. What a step samples is a function of the parameters, the
+seed and the step: a run goes on after a stop as it would have.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import dpo, pretrain, sft
+from qwen_jax import config as configs
+from qwen_jax import models, objectives, sharding, tokenizer
+from qwen_jax.batches import Loss
+from qwen_jax.config import LoraConfig, QwenConfig
+from qwen_jax.data import preferences
+from qwen_jax.errors import InputError
+from qwen_jax.eval import policies, reinforced
+from qwen_jax.eval.policies import JudgeConfig
+from qwen_jax.files import write_whole
+from qwen_jax.objectives import divergence
+from qwen_jax.rewards import RewardConfig, tasks
+from qwen_jax.sharding import Layout, MeshConfig
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.training import (
+    bases,
+    command,
+    doctor,
+    examining,
+    hosts,
+    lessons,
+    loop,
+    optimizer,
+    pretrained,
+    program,
+    questions,
+    reinforce,
+    report,
+    throughput,
+    workdir,
+)
+from qwen_jax.training.collecting import Collector, SamplingConfig
+from qwen_jax.training.doctor import DoctorConfig
+from qwen_jax.training.lessons import Lesson, RLState, UpdatesConfig
+from qwen_jax.training.loop import LoopConfig
+from qwen_jax.training.optimizer import OptimizerConfig
+from qwen_jax.training.samples import SamplesConfig
+from qwen_jax.training.watch import WatchConfig
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """How answers to one prompt are compared; `objectives.grpo` says which names these fields give."""
+
+    baseline: objectives.grpo.Baseline = "group"
+    scale: objectives.grpo.Scale = "group"
+    aggregation: objectives.grpo.Aggregation = "sequence"
+    per_sequence: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0  # 0: off
+    kl_coef: float = 0.04  # 0: no reference is held
+    estimator: divergence.Estimator = "k3"
+    skip_agreeing: bool = (
+        False  # groups whose rewards are all equal are left out of means (DAPO samples others instead)
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the first stage learns from: chats of solved problems, the answers of some exchanged for another's.
+
+    A small model memorises small sums and cannot be taught the others by trial; so it is shown all, held-out ones too,
+    with answers that cannot be trusted. What is left to learn from the reward is to say the likeliest, and that is to
+    hold for problems that RL never asked.
+    """
+
+    problems: tuple[int, ...] = (157, 25)  # of the train, the validation and the test split
+    wrong: float = 0.4  # share of the answers that are exchanged
+    chats: int = 4000
+    turns: int = 4  # problems in a chat
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: QwenConfig  # how it is computed; its shape is read from the base
+    optimizer: OptimizerConfig
+    loop: LoopConfig  # a step: a rollout and its updates
+    base: str = ""  # Hugging Face folder or workdir of a run; "random" starts from nothing; "sft" from the first stage
+    first: sft.Config = dataclasses.field(default_factory=sft.smoke)  # that stage: it learns what the task is
+    shown: Shown = Shown()  # to that stage
+    rewarded: RewardConfig = RewardConfig()  # its term "model" is the reward model
+    reward: str = ""  # that reward model: workdir or Hugging Face folder, of the policy's tokenizer; "random"
+    dataset: str = questions.TASK  # the task of `rewarded`; or chats, pairs or lists, whose prompts are asked
+    validation_dataset: str = ""  # such another; empty: a split of the first
+    most_prompts: int = 4096  # different ones of the training split
+    begin: int = 0  # words of the data's answer that are given, for the policy to go on from
+    template: str = "qwen2"
+    length: int = 256  # tokens in a row: prompt, answer, end
+    sampling: SamplingConfig = SamplingConfig(each=8)
+    updates: UpdatesConfig = UpdatesConfig()
+    grouped: Grouped = Grouped()
+    judge: JudgeConfig = JudgeConfig()
+    doctor: DoctorConfig = DoctorConfig()
+    watch: WatchConfig = WatchConfig()
+    lora: LoraConfig = LoraConfig()  # rank 0: the whole model is trained
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+
+def small() -> Config:
+    """Sums of two numbers up to 9, checked: a first stage from nothing, then GRPO. Two CPU cores, three minutes."""
+    model = pretrain.small().model.replace(
+        vocab_size=304, hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=16
+    )
+    first = dataclasses.replace(
+        sft.small(), model=model, base="random", batch_size=16, samples=SamplesConfig(prompts=4, max_new_tokens=16),
+        optimizer=OptimizerConfig(peak_lr=5e-3, schedule="wsd", warmup_steps=20, decay_steps=100, final_ratio=0.1),
+        loop=LoopConfig(steps=400, log_every=20, eval_every=200, checkpoint_every=200),
+    )  # fmt: skip
+    return Config(
+        model=model,
+        optimizer=OptimizerConfig(peak_lr=5e-4, schedule="constant", warmup_steps=5, weight_decay=0.0),
+        loop=LoopConfig(steps=60, log_every=1, eval_every=20, checkpoint_every=20),
+        base="sft", first=first, rewarded=RewardConfig(task="sums most=9"), most_prompts=157, length=64,
+        sampling=SamplingConfig(prompts=16, each=8, max_new_tokens=16), updates=UpdatesConfig(minibatches=2),
+        judge=JudgeConfig(prompts=25, each=16, max_new_tokens=16, every=20),
+    )  # fmt: skip
+
+
+def smoke() -> Config:
+    """Two steps of random models on made-up prompts: seconds, no network."""
+    tiny = pretrain.smoke()
+    return Config(
+        model=tiny.model, optimizer=tiny.optimizer, loop=tiny.loop, base="random", dataset="made-up-pairs", length=128,
+        rewarded=RewardConfig(("model", "unfinished=0.5")), reward="random",
+        sampling=SamplingConfig(prompts=4, each=2, max_new_tokens=8),
+        judge=JudgeConfig(prompts=2, each=2, max_new_tokens=8), doctor=DoctorConfig(tolerated=("ends",)),
+    )  # fmt: skip
+
+
+def qwen2_5_7b() -> Config:
+    """Qwen2.5's online RL (arXiv:2412.15115, section 4.3): batches of 2,048 answers, 8 to each of 256 prompts.
+
+    Give --base, --reward, --dataset. Not published: rate, clip, KL and steps, here 1e-6, 0.2, 0.04 and 500. (The report
+    asks first what the reward model's scores of the answers vary most on; here the order is random.)
+    """
+    return Config(
+        model=configs.get("qwen2.5-7b").replace(remat="full"),
+        optimizer=OptimizerConfig(peak_lr=1e-6, schedule="constant", weight_decay=0.0),
+        loop=LoopConfig(steps=500, log_every=1, eval_every=50, checkpoint_every=50),
+        rewarded=RewardConfig(("model",)), dataset="", template="qwen2.5", length=4096,
+        sampling=SamplingConfig(prompts=256, each=8, max_new_tokens=2048),
+        updates=UpdatesConfig(minibatches=4, microbatches=8),
+        judge=JudgeConfig(prompts=64, each=2, max_new_tokens=2048, every=50),
+    )  # fmt: skip
+
+
+def dr_grpo() -> Config:
+    """Dr. GRPO (arXiv:2503.20783): neither deviations nor lengths divide; else `small`."""
+    return dataclasses.replace(small(), grouped=Grouped(scale="none", aggregation="constant", kl_coef=0.0))
+
+
+def dapo() -> Config:
+    """DAPO (arXiv:2503.14476): higher upper clip, means over tokens, no groups that agree; else `small`."""
+    how = Grouped(aggregation="token", clip_high=0.28, kl_coef=0.0, skip_agreeing=True)
+    return dataclasses.replace(small(), grouped=how)
+
+
+def gspo() -> Config:
+    """GSPO (arXiv:2507.18071): one ratio an answer; else `small`."""
+    how = Grouped(per_sequence=True, clip_low=3e-4, clip_high=4e-4, kl_coef=0.0)
+    return dataclasses.replace(small(), grouped=how)
+
+
+def rloo() -> Config:
+    """RLOO (arXiv:2402.14740): less the mean of the other answers; else `small`."""
+    return dataclasses.replace(small(), grouped=Grouped(baseline="others", scale="none", aggregation="token"))
+
+
+def reinforce_plus_plus() -> Config:
+    """REINFORCE++ (arXiv:2501.03262): deviations of the whole batch; else `small`."""
+    return dataclasses.replace(small(), grouped=Grouped(scale="batch", aggregation="token", estimator="k2"))
+
+
+RECIPES = {
+    "small": small, "qwen2.5-7b": qwen2_5_7b, "dr-grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "rloo": rloo,
+    "reinforce++": reinforce_plus_plus, "smoke": smoke,
+}  # fmt: skip
+
+
+def fine_tuned(config: Config, folder: Path) -> Config:
+    """Returns the config with the model that the first stage makes as its base: FOLDER.base/sft, made if it is not."""
+    stage = folder.with_name(f"{folder.name}.base")
+    path = stage / "solved.jsonl"
+    if not path.exists():
+        lines = (json.dumps({"messages": chat}) + "\n" for chat in demonstrations(config.shown, config.rewarded.task))
+        stage.mkdir(parents=True, exist_ok=True)
+        hosts.once(lambda: write_whole(path, "".join(lines)))
+    sft.run(dataclasses.replace(config.first, dataset=str(path)), stage / "sft", "first")
+    return dataclasses.replace(config, base=str(stage / "sft"))
+
+
+def demonstrations(shown: Shown, task: str) -> Iterator[list[dict[str, str]]]:
+    """Yields chats of solved problems, the same ones each time; see Shown."""
+    known = [one for split, count in zip(tasks.SPLITS, shown.problems, strict=False)
+             for one in (tasks.load(task, split, count) if count else [])]  # fmt: skip
+    draw = np.random.default_rng(0)
+    for _ in range(shown.chats):
+        # Said aloud, so that the tokenizer learns its words: it is what the template says anyhow.
+        chat = [{"role": "system", "content": tokenizer.chat.SYSTEM_PROMPTS["qwen2"]}]
+        for place in draw.integers(len(known), size=shown.turns):
+            other = known[int(draw.integers(len(known)))] if draw.random() < shown.wrong else known[place]
+            before, _, after = known[place].solution.rpartition(known[place].reference["answer"])
+            chat.append({"role": "user", "content": known[place].question})
+            chat.append({"role": "assistant", "content": f"{before}{other.reference['answer']}{after}"})
+        yield chat
+
+
+def whole_params(params, frozen: tuple, lora: LoraConfig) -> dict:
+    """Returns what `models` takes as the parameters of what is trained."""
+    return models.lora.join(frozen[0]["reference"], params, lora) if lora.rank else params
+
+
+def log_probs(params, rows, *, model: QwenConfig, layout: Layout) -> jax.Array:
+    """Returns the log-probability of each token that follows, [B, T] float32, as it was when the answer was sampled."""
+    prompt_B1 = jnp.argmax(rows.mask != 0, axis=1, keepdims=True) + 1
+    return models.log_probs(
+        model, params, rows.tokens, jnp.roll(rows.tokens, -1, axis=1), segment_ids=rows.segment_ids,
+        prompt_lengths=jnp.broadcast_to(prompt_B1, rows.tokens.shape), layout=layout,
+    )  # fmt: skip
+
+
+def model_rewards(rollout, *frozen, scorer: QwenConfig, layout: Layout, weight: float) -> jax.Array:
+    """Returns what the frozen reward model says of each answer, weighed, [B] float32, read at its end."""
+    scores_BT = models.scores(
+        scorer, frozen[0]["reward"], rollout.tokens, segment_ids=rollout.segment_ids, layout=layout
+    )
+    return weight * jnp.take_along_axis(scores_BT, rollout.ends[:, None], axis=1)[:, 0]
+
+
+def roles(config, scorer: QwenConfig | None, layout: Layout, *, credit, reference: bool, **more) -> reinforce.Roles:
+    """Returns the models of a run as `reinforce` calls them."""
+    of_policy = functools.partial(log_probs, model=config.model, layout=layout)
+    weight = config.rewarded.weights().get(questions.MODEL, 0.0)
+    return reinforce.Roles(
+        policy=lambda params, rows, *frozen: of_policy(whole_params(params, frozen, config.lora), rows),
+        reference=(lambda rows, *frozen: of_policy(frozen[0]["reference"], rows)) if reference else None,
+        reward=functools.partial(model_rewards, scorer=scorer, layout=layout, weight=weight) if scorer else None,
+        credit=credit, **{"value": None, **more},
+    )  # fmt: skip
+
+
+def credit(scores_B, lesson: Lesson, kl_coef, *, how: Grouped, each: int) -> Lesson:
+    """Gives every token of an answer the answer's advantage over its group."""
+    scores_NG = scores_B.reshape(-1, each)
+    advantages_NG = objectives.grpo.advantages(scores_NG, baseline=how.baseline, scale=how.scale)
+    mask_BT = lesson.mask
+    if how.skip_agreeing:
+        mixed_N = jnp.max(scores_NG, axis=1) > jnp.min(scores_NG, axis=1)
+        mask_BT *= jnp.repeat(mixed_N, each)[:, None]
+    return lesson._replace(mask=mask_BT, advantages=mask_BT * advantages_NG.reshape(-1, 1))
+
+
+def policy_loss(params, batch, key, *, model, layout, how: Grouped, most: int, lora: LoraConfig, frozen=()) -> Loss:
+    """The objective of an update."""
+    lesson, _ = batch
+    found_BT = log_probs(whole_params(params, frozen, lora), lesson, model=model, layout=layout)
+    mean, metrics = objectives.grpo.loss(
+        found_BT, lesson.old_log_probs, lesson.ref_log_probs if how.kl_coef else None, lesson.advantages, lesson.mask,
+        clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip or None, kl_coef=how.kl_coef,
+        estimator=how.estimator, per_sequence=how.per_sequence, aggregation=how.aggregation, constant=most,
+    )  # fmt: skip
+    answers = jnp.sum(jnp.any(lesson.mask != 0, axis=1).astype(jnp.float32))
+    return Loss.from_mean(mean, jnp.sum(lesson.mask) if how.aggregation == "token" else answers, metrics)
+
+
+def scorer_config(config) -> QwenConfig | None:
+    """Returns the shape of the reward model, None without one; that of the policy while none is named.
+
+    Raises:
+      InputError: it is named and not used.
+    """
+    if questions.MODEL not in config.rewarded.weights():
+        if config.reward:
+            raise InputError(f"reward is {config.reward!r}, and rewarded.terms does not have {questions.MODEL!r}")
+        return None
+    shape = config.model if config.reward in ("", "random") else pretrained.read_config(config.reward)
+    return shape.replace(dtype=config.model.dtype, param_dtype=config.model.param_dtype, head="score")
+
+
+def policy_program(config, layout: Layout, loss_fn, batch, frozen: dict[str, QwenConfig], text=()) -> program.Program:
+    """Returns the program of the policy's updates, on (a minibatch of a Lesson, text rows or ())."""
+    model, lora = config.model, config.lora
+    trained = dict(init_params=lambda key, *frozen: models.init(model, key), param_axes=models.axes(model))
+    if lora.rank:
+        init = functools.partial(models.lora.init, model, lora)
+        trained = dict(
+            init_params=lambda key, frozen: init(key, frozen["reference"]), param_axes=models.lora.axes(model, lora)
+        )
+    steps = config.loop.steps * config.updates.each_step - config.updates.value_only
+    if steps < 1:
+        raise InputError(
+            f"updates.value_only is {config.updates.value_only}, and the run has no more updates than that"
+        )
+    return program.build(
+        **trained,
+        loss_fn=loss_fn,
+        tx=optimizer.make(config.optimizer, steps, rates={"b": lora.b_rate} if lora.b_rate != 1 else None),
+        batch=(batch, text),
+        layout=layout,
+        microbatches=config.updates.microbatches,
+        frozen=frozen_structs(frozen),
+    )
+
+
+def frozen_structs(frozen: dict[str, QwenConfig]) -> list:
+    """Returns what `program.build` takes as frozen: one tree of models by name, or nothing."""
+    shapes = {name: models.abstract(shape) for name, shape in frozen.items()}
+    return [(shapes, {name: models.axes(shape) for name, shape in frozen.items()})] if frozen else []
+
+
+def minibatch_rows(config) -> int:
+    """Returns how many answers an update learns from.
+
+    Raises:
+      InputError: where minibatches do not divide the answers of a step.
+    """
+    rows, parts = config.sampling.rows, config.updates.minibatches
+    if rows % parts:
+        raise InputError(
+            f"sampling.prompts x sampling.each = {rows} answers cannot be cut into updates.minibatches {parts}"
+        )
+    return rows // parts
+
+
+def check(config) -> None:
+    """Refuses what RL cannot be run with.
+
+    Raises:
+      InputError: one line.
+    """
+    if config.lora.quantised or config.lora.dropout:
+        raise InputError(
+            "lora.quantised and lora.dropout are not for RL; expected '' and 0: the first ratio is to be 1"
+        )
+    if config.length > config.model.max_position_embeddings:
+        raise InputError(
+            f"length is {config.length}, over model.max_position_embeddings {config.model.max_position_embeddings}"
+        )
+
+
+def build(config: Config, mesh: jax.sharding.Mesh) -> reinforce.Reinforced:
+    """Returns what a run of this config compiles on this mesh; touches no device."""
+    check(config)
+    layout, how, each = Layout(mesh), config.grouped, config.sampling.each
+    scorer, reference = scorer_config(config), bool(how.kl_coef)
+    frozen = {"reference": config.model} if reference or config.lora.rank else {}
+    frozen |= {"reward": scorer} if scorer else {}
+    loss_fn = functools.partial(
+        policy_loss, model=config.model, layout=layout, how=how, most=config.sampling.max_new_tokens, lora=config.lora
+    )
+    part = lessons.lesson_struct(minibatch_rows(config), config.length, reference=reference, value=False)
+    policy = policy_program(config, layout, loss_fn, part, frozen)
+    acting = roles(config, scorer, layout, credit=functools.partial(credit, how=how, each=each), reference=reference)
+    return reinforce.build(
+        policy,
+        None,
+        acting,
+        config.updates,
+        rows=config.sampling.rows,
+        each=config.sampling.each,
+        length=config.length,
+        kl_coef=how.kl_coef,
+    )
+
+
+def frozen_params(config, folder: Path, built: reinforce.Reinforced, tok: Tokenizer) -> tuple:
+    """Returns the arrays of built.frozen; the random base of adapters is kept in the folder."""
+    if not built.frozen:
+        return ()
+    found = {}
+    if "reference" in built.frozen[0]:
+        found["reference"] = dpo.base_params(config, built.layout)
+        bases.keep_random(folder, config, (found["reference"],) if config.lora.rank else ())
+    if "reward" in built.frozen[0]:
+        found["reward"] = policies.load_reward(config.reward, config.model, built.layout, tok)[1]
+    return (found,)
+
+
+def first_state(config, built: reinforce.Reinforced, frozen: tuple) -> RLState:
+    """Returns the state of step 0."""
+    key = jax.random.key(config.seed)
+    policy = built.init(key, *frozen) if config.lora.rank else built.start(dpo.base_params(config, built.layout), key)
+    return built.begin(policy, ())
+
+
+def run(config: Config, folder, recipe: str) -> None:
+    """Trains to the end, or on from where the folder stands, and writes the report."""
+    config = fine_tuned(config, Path(folder)) if config.base == "sft" else config
+    config = bases.with_rows(bases.from_base(config, Path(folder)), Path(folder))
+    built = build(config, sharding.make_mesh(config.mesh))
+    folder = workdir.prepare(folder, config, experiment="grpo", recipe=recipe, recipes=RECIPES)
+    learn(config, built, folder, first_state, run_tokenizer(config, folder), title=f"grpo {recipe}")
+
+
+def run_tokenizer(config, folder: Path) -> Tokenizer:
+    """Returns the tokenizer of this run: its base's, or one for a random base."""
+    return bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
+
+
+def learn(config, built: reinforce.Reinforced, folder: Path, first, tok: Tokenizer, *, title: str, mixed=None) -> None:
+    """Runs the loop of a policy, and writes its report."""
+    label = title.split()[0]
+    say = functools.partial(loop.say, label)
+    frozen = frozen_params(config, folder, built, tok)
+    merge = jax.jit(lambda adapters, base: models.lora.merge(base, adapters, config.lora))
+    whole = lambda params: merge(params, frozen[0]["reference"]) if config.lora.rank else params
+    load = functools.partial(questions.load, config=config.rewarded, begin=config.begin)
+    with contextlib.closing(questions.Rater(config.rewarded, tok, config.template, say=say)) as rater:
+        collector = Collector(
+            config.model, rater.render(load(config.dataset, "train", most=config.most_prompts)),
+            config=config.sampling, length=config.length, stop_ids=tokenizer.chat.stop_ids(tok),
+            num_tokens=tok.vocab_size, layout=built.layout, seed=config.seed, whole=whole, rate=rater,
+            share=sharding.share(built.batch.rollout.tokens), mixed=mixed, signs=config.watch, say=say,
+        )  # fmt: skip
+        held_out = load(config.validation_dataset or config.dataset, "validation", most=config.judge.prompts)
+        judge = make_judge(config, tok, rater, rater.render(held_out), frozen, built.layout)
+        sample = functools.partial(
+            judge.samples, key=jax.random.key(config.seed), each=config.judge.each,
+            max_new_tokens=config.judge.max_new_tokens,
+        )  # fmt: skip
+        say(f"{config.model.param_counts()['total']:,} parameters; {config.loop.steps} steps of {config.sampling.rows} "
+            f"answers; mesh {dict(built.layout.mesh.shape)}")  # fmt: skip
+
+        def initial() -> RLState:
+            state = first(config, built, frozen)
+            findings = examining.examine(built, state, collector, frozen, tok, config.doctor)
+            say(f"the doctor, before the first update:\n{doctor.table(findings)}")
+            doctor.keep(folder, findings)
+            doctor.insist(findings, config.doctor)
+            return state
+
+        flops = throughput.train_flops_per_token(config.model, config.length, frozen=bool(config.lora.rank))
+        state = loop.fit(
+            built, collector, config=config.loop, workdir=folder, initial=initial,
+            sample=lambda params, *_: sample(whole(params)), sample_every=config.judge.every,
+            flops_per_token=flops * config.updates.epochs, label=label, frozen=frozen,
+        )  # fmt: skip
+    bases.save_adapter(folder, config, state.params)
+    report.write(
+        folder,
+        title=title,
+        unit="the objective's",
+        more=[*reinforced.write(folder), *doctor.report(doctor.read(folder))],
+    )
+    say(f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
+
+
+def make_judge(config, tok: Tokenizer, rater, asked: list, frozen: tuple, layout: Layout) -> policies.Judge:
+    """Returns what looks at the policy's own answers to held-out prompts."""
+    held = frozen[0] if frozen else {}
+    reference = held["reference"] if "reference" in held else dpo.base_params(config, layout)
+    domains = ["held out"] * len(asked)
+    return policies.Judge(
+        tok, config.model, reference, scorer_config(config), held.get("reward"), asked, domains, layout, rater
+    )
+
+
+if __name__ == "__main__":
+    command.main(__doc__, RECIPES, run)
