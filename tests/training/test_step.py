@@ -40,7 +40,8 @@ def whole():
     return take(lm.build(ONE()))
 
 
-@pytest.mark.parametrize("microbatches", [2, 4, 8])
+# Two, and one row each, of which the last has nothing to learn; what lies between is the same loop.
+@pytest.mark.parametrize("microbatches", [2, 8])
 def test_accumulation_equals_the_whole_batch_however_uneven_the_masks(whole, microbatches):
     state, metrics = take(lm.build(ONE(), microbatches=microbatches))
     assert_same(state.params, whole[0].params, atol=5e-6)
