@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.models import attend
-from qwen_jax.ops import blockwise
+from qwen_jax.ops import blocks
 from qwen_jax.sharding import Layout, MeshConfig, make_mesh
 
 N, K, H, STRIDE, BLOCK = 8, 2, 64, 896, 128
@@ -40,9 +40,9 @@ def pairs(length: int, parts: int, stride: int | None, *, traded: bool) -> float
         if traded:
             mirrored = positions[(parts - 1 - device) * part : (parts - device) * part]
             own = jnp.concatenate([own[: part - part // 2], mirrored[part - part // 2 :]])
-        marks = blockwise.Marks(own[None], positions[None], jnp.ones_like(own)[None], jnp.ones_like(positions)[None])
-        spec = blockwise.Spec(1.0, True, BLOCK, BLOCK, stride)
-        counts.append(int(blockwise.by_pairs(blockwise.seen, *blockwise.cut_both(marks, spec), spec).sum()))
+        marks = blocks.Marks(own[None], positions[None], jnp.ones_like(own)[None], jnp.ones_like(positions)[None])
+        spec = blocks.Spec(1.0, True, BLOCK, BLOCK, stride)
+        counts.append(int(blocks.by_pairs(blocks.seen, *blocks.cut_both(marks, spec), spec).sum()))
     return max(counts) / (sum(counts) / parts)
 
 

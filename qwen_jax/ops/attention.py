@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.errors import InputError
-from qwen_jax.ops import blockwise, dual_chunk
-from qwen_jax.ops.blockwise import NEG_INF, Marks, Spec
+from qwen_jax.ops import blocks, blockwise, dual_chunk
+from qwen_jax.ops.blocks import Marks, Spec
+from qwen_jax.ops.blockwise import NEG_INF
 from qwen_jax.ops.kernels import flash_gpu, flash_tpu
 
 BACKENDS = ("auto", "reference", "blockwise", "tpu", "gpu")
@@ -35,7 +36,8 @@ RESIDUALS = "attention"  # checkpoint name of out and logsumexp: a remat policy 
 # Measured on XLA:CPU, float32, 8 query and 2 kv heads of 64: up to 64 x 64 the reference is the faster one with its
 # gradient (2.2 against 2.5 ms at 64), from 128 on blocks win (7 times at 512).
 SMALL = 64
-BLOCK_Q = 128
+# Larger blocks keep more cores busy, and compute more of the upper triangle: a sixteenth more at LONG.
+BLOCK_Q, BLOCK_Q_LONG, LONG = 128, 256, 2048
 # Few queries leave room for more keys in a block; twice as many again would read more empty slots of a cache.
 BLOCK_K, BLOCK_K_FEW_QUERIES = 128, 256
 KERNEL_LENGTH = 128  # fewer queries would leave most of the kernel's tile empty
@@ -92,8 +94,8 @@ def attention(
     if backend == "reference":
         q_ABTNH = q_BTNH[None] if stride is None else q_BTNH
         return _reference(q_ABTNH, k_BSKH, v_BSKH, _masks(marks, causal, stride), scale)
-    most_q, most_k = block_sizes or (BLOCK_Q, BLOCK_K if T > SMALL else BLOCK_K_FEW_QUERIES)
-    size = blockwise.block_size if stride is None else functools.partial(_size_within_chunks, stride)
+    most_q, most_k = block_sizes or _most(T)
+    size = blocks.block_size if stride is None else functools.partial(_size_within_chunks, stride)
     spec = Spec(scale, causal, size(T, most_q), size(S, most_k), stride)
     # In a shard_map queries may vary over more mesh axes than keys: made equal here, whose transpose is the sum over
     # those axes that the gradients of the keys need.
@@ -115,6 +117,10 @@ def _check_chunks(q_ABTNH, stride, causal, block_sizes) -> None:
     for size in block_sizes or ():
         if stride % size:
             raise InputError(f"blocks of {size} do not divide the stride of {stride}; expected block_sizes that do")
+
+
+def _most(T: int) -> tuple[int, int]:
+    return BLOCK_Q if T < LONG else BLOCK_Q_LONG, BLOCK_K if T > SMALL else BLOCK_K_FEW_QUERIES
 
 
 def _size_within_chunks(stride: int, length: int, most: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax import models, sharding
 from qwen_jax.models import attend
-from qwen_jax.ops import blockwise
+from qwen_jax.ops import blocks
 from qwen_jax.sharding import Layout, MeshConfig
 from tests.conftest import tiny
 from tests.ops.test_attention import TOLERANCE, arrays, marks
@@ -54,9 +54,9 @@ def test_causal_work_is_the_same_on_every_device(monkeypatch):
     layout, length, size = Layout(sharding.make_mesh(SPLIT["context8"])), 8 * 32, 16
 
     def count(q, k, v, *, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, **how):
-        queries = blockwise.cut(q_positions_BT, q_segment_ids_BT, size)
-        keys = blockwise.cut(kv_positions_BS, kv_segment_ids_BS, size)
-        pairs = blockwise.seen(queries, keys, True).sum().astype(q.dtype)
+        queries = blocks.cut(q_positions_BT, q_segment_ids_BT, size)
+        keys = blocks.cut(kv_positions_BS, kv_segment_ids_BS, size)
+        pairs = blocks.seen(queries, keys, True).sum().astype(q.dtype)
         return jnp.broadcast_to(pairs, q.shape), None
 
     positions = jnp.arange(length)[None]

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from qwen_jax.long_context import DualChunk
-from qwen_jax.ops import blockwise
+from qwen_jax.ops import blocks
 from qwen_jax.ops.kernels import flash_gpu
 from tests.ops import test_attention as cases
 from tests.ops import test_dual_chunk as dual_chunks
@@ -34,11 +34,11 @@ def run(spec, q, k, v, d_out, d_logsumexp, marks):
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_equal_the_reference_with_all_gradients(case):
     chunks, shape, causal, kinds = CASES[case]
-    interpreted = jax.jit(functools.partial(run, blockwise.Spec(shape[-1] ** -0.5, causal, 64, 64, chunks.stride)))
+    interpreted = jax.jit(functools.partial(run, blocks.Spec(shape[-1] ** -0.5, causal, 64, 64, chunks.stride)))
     reference = cases.with_gradients(functools.partial(cases.reference, causal=causal, stride=chunks.stride))
     for kind in kinds:
         inputs, seen_by = dual_chunks.rotated(chunks, kind, shape)
-        cases.assert_close(interpreted(*inputs, blockwise.Marks(*seen_by)), reference(*inputs, *seen_by))
+        cases.assert_close(interpreted(*inputs, blocks.Marks(*seen_by)), reference(*inputs, *seen_by))
 
 
 AHEAD_OF_TIME = """

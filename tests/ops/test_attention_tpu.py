@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.long_context import DualChunk
-from qwen_jax.ops import blockwise
+from qwen_jax.ops import blocks, blockwise
 from qwen_jax.ops.kernels import flash_tpu, walk
 from tests.ops import test_attention as cases
 from tests.ops import test_dual_chunk as dual_chunks
@@ -38,10 +38,10 @@ class Interpreted:
 
 @pytest.mark.parametrize("shape, causal", [((2, 200, 300, 4, 2, 8), True), ((1, 130, 130, 3, 1, 16), False)])
 def test_kernels_equal_blockwise_with_all_gradients(shape, causal):
-    spec = blockwise.Spec(shape[-1] ** -0.5, causal, 64, 64)
+    spec = blocks.Spec(shape[-1] ** -0.5, causal, 64, 64)
     interpreted, expected = (jax.jit(functools.partial(run, kernels, spec)) for kernels in (Interpreted, blockwise))
     for kind in ("packed", "cache", "random"):
-        marks = blockwise.Marks(*cases.marks(1, kind, *shape[:3]))
+        marks = blocks.Marks(*cases.marks(1, kind, *shape[:3]))
         inputs = *cases.arrays(0, *shape), marks
         cases.assert_close(interpreted(*inputs), expected(*inputs))
 
@@ -55,12 +55,12 @@ CHUNKED = {  # chunks, (B, T, S, N, K, H), marks: blocks of 128 that divide the 
 @pytest.mark.parametrize("case", CHUNKED)
 def test_kernels_with_dual_chunks_equal_the_reference_with_all_gradients(case):
     chunks, shape, kinds = CHUNKED[case]
-    spec = blockwise.Spec(shape[-1] ** -0.5, True, 64, 64, chunks.stride)
+    spec = blocks.Spec(shape[-1] ** -0.5, True, 64, 64, chunks.stride)
     interpreted = jax.jit(functools.partial(run, Interpreted, spec))
     reference = cases.with_gradients(functools.partial(cases.reference, stride=chunks.stride))
     for kind in kinds:
         inputs, seen_by = dual_chunks.rotated(chunks, kind, shape)
-        cases.assert_close(interpreted(*inputs, blockwise.Marks(*seen_by)), reference(*inputs, *seen_by))
+        cases.assert_close(interpreted(*inputs, blocks.Marks(*seen_by)), reference(*inputs, *seen_by))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -80,10 +80,10 @@ def steps(marks, spec):
 def test_a_causal_grid_has_no_empty_steps(chunks, blocks):
     """Each pair of blocks is a step, its kind of query the one that its chunks ask for; nothing else is."""
     positions = np.arange(128 * blocks)[None]
-    marks = blockwise.Marks(positions, positions, *(np.ones_like(positions),) * 2)
+    marks = blocks.Marks(positions, positions, *(np.ones_like(positions),) * 2)
     chunk = lambda block: block * 128 // (chunks.stride or positions.size)
     expected = sorted((i, j, min(chunk(i) - chunk(j), 2)) for i in range(blocks) for j in range(i + 1))
-    over_queries, over_keys = steps(marks, blockwise.Spec(1.0, True, 128, 128, chunks.stride))
+    over_queries, over_keys = steps(marks, blocks.Spec(1.0, True, 128, 128, chunks.stride))
     for (places, size, taken), (i, j) in ((over_queries, ("outer", "inner")), (over_keys, ("inner", "outer"))):
         found = np.stack([getattr(places, of) for of in (i, j, "kind")], axis=1)[(places.masked | places.clear) & taken]
         assert sorted(map(tuple, found.tolist())) == expected
@@ -99,8 +99,8 @@ def test_kernels_do_not_touch_blocks_that_nobody_sees():
     index = np.arange(S)[None].repeat(B, 0)
     seen = (index >= 128) & (index < 256)  # earlier keys are of another document, later ones are later
     positions, segments = index, 1 + (index >= 128)
-    marks = blockwise.Marks(positions[:, 128:256], positions, segments[:, 128:256], segments)
-    spec = blockwise.Spec(1.0, True, T, 128)
+    marks = blocks.Marks(positions[:, 128:256], positions, segments[:, 128:256], segments)
+    spec = blocks.Spec(1.0, True, T, 128)
     interpreted = jax.jit(functools.partial(run, Interpreted, spec))
     dirty = interpreted(q, *cases.poisoned(k, v, ~seen), *cotangents, marks)
     cases.assert_close(dirty, interpreted(q, k, v, *cotangents, marks))

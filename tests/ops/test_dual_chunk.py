@@ -14,7 +14,7 @@ from qwen_jax import sharding
 from qwen_jax.errors import InputError
 from qwen_jax.long_context import DualChunk, V1Lengths, Yarn
 from qwen_jax.ops import attention as ops
-from qwen_jax.ops import blockwise, dual_chunk, rope_scaling
+from qwen_jax.ops import blocks, dual_chunk, rope_scaling
 from tests.conftest import MESHES
 from tests.ops.test_attention import arrays, assert_close, marks, with_gradients
 
@@ -187,23 +187,23 @@ def test_it_is_plain_attention_up_to_the_length_of_training():
 @functools.partial(jax.jit, static_argnums=1)
 def block_pairs(seen_by, spec):
     """How many key blocks each kind of each query block runs over, [A, I]."""
-    first, last = blockwise._ranges(*blockwise.cut_both(seen_by, spec), spec)
-    return jnp.maximum(last - first, 0)
+    found = blocks.ranges(*blocks.cut_both(seen_by, spec), spec)
+    return jnp.maximum(found.last_AI - found.first_AI, 0)
 
 
 def test_each_pair_of_blocks_is_of_one_kind():
     positions = jnp.arange(256)[None]
-    seen_by = blockwise.Marks(positions, positions, *(jnp.ones_like(positions),) * 2)
+    seen_by = blocks.Marks(positions, positions, *(jnp.ones_like(positions),) * 2)
 
-    pairs = lambda stride: int(block_pairs(seen_by, blockwise.Spec(1.0, True, 16, 8, stride)).sum())
+    pairs = lambda stride: int(block_pairs(seen_by, blocks.Spec(1.0, True, 16, 8, stride)).sum())
     assert pairs(48) == pairs(None) == sum(2 * (i + 1) for i in range(16))
 
 
 def test_documents_shorter_than_a_chunk_cost_nothing_more_in_a_packed_row():
     segments = jnp.repeat(jnp.arange(1, 9), 40)[None]
     positions = jnp.tile(jnp.arange(40), 8)[None]
-    seen_by = blockwise.Marks(positions, positions, segments, segments)
-    assert not block_pairs(seen_by, blockwise.Spec(1.0, True, 16, 16, 48))[1:].any()
+    seen_by = blocks.Marks(positions, positions, segments, segments)
+    assert not block_pairs(seen_by, blocks.Spec(1.0, True, 16, 16, 48))[1:].any()
 
 
 def test_auto_offers_the_kernel_to_a_tpu_with_chunks_and_without():

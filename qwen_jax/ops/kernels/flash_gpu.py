@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from qwen_jax.ops import blockwise
-from qwen_jax.ops.blockwise import FLOOR, NEG_INF, Marks, Spec
+from qwen_jax.ops import blocks, blockwise
+from qwen_jax.ops.blocks import Marks, Spec
+from qwen_jax.ops.blockwise import FLOOR, NEG_INF
 
 BLOCK = 64  # P and C
 WARPS, STAGES = 4, 2
@@ -228,9 +229,9 @@ def _all_and_block(tiles):
 
 def _tile(marks: Marks, spec: Spec):
     """Returns marks of keys [B, S] and of queries [A, B, T], and the ranges of blocks [A, B, I] and [A, B, J]."""
-    queries, keys = blockwise.cut_both(Marks(*(_pad(x, 1) for x in marks)), spec._replace(block_q=BLOCK, block_k=BLOCK))
-    seen_AIJB = blockwise.by_pairs(blockwise.seen, queries, keys, spec)
-    of_queries, of_keys = ([jnp.swapaxes(x, 1, 2) for x in blockwise.bounds(seen_AIJB, axis)] for axis in (2, 1))
+    queries, keys = blocks.cut_both(Marks(*(_pad(x, 1) for x in marks)), spec._replace(block_q=BLOCK, block_k=BLOCK))
+    seen_AIJB = blocks.by_pairs(blocks.seen, queries, keys, spec)
+    of_queries, of_keys = ([jnp.swapaxes(x, 1, 2) for x in blocks.bounds(seen_AIJB, axis)] for axis in (2, 1))
     joined = lambda x: jnp.swapaxes(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], -1)
     tiles = [joined(x) for x in (keys.segment_ids, keys.positions, queries.segment_ids, queries.positions)]
     return tiles + ([] if queries.since is None else [joined(queries.since)]), of_queries, of_keys

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.ops import blockwise
-from qwen_jax.ops.blockwise import FLOOR, NEG_INF, Marks, Spec
+from qwen_jax.ops import blocks, blockwise
+from qwen_jax.ops.blocks import Marks, Spec
+from qwen_jax.ops.blockwise import FLOOR, NEG_INF
 from qwen_jax.ops.kernels import walk
 from qwen_jax.ops.kernels.walk import Walk
 
@@ -257,11 +258,11 @@ def _tile(marks: Marks, spec: Spec, G: int):
     """Returns the marks cut into rows of tiles, each query block's ranges of key blocks, and vice versa; [A, B, …]."""
     sizes = (spec.block_q, spec.block_k) * 2
     padded = Marks(*(_pad(x, 1, size) for x, size in zip(marks, sizes, strict=True)))
-    queries, keys = blockwise.cut_both(padded, spec)
-    seen_AIJB, clear_AIJB = (blockwise.by_pairs(f, queries, keys, spec) for f in (blockwise.seen, blockwise.clear))
+    queries, keys = blocks.cut_both(padded, spec)
+    seen_AIJB, clear_AIJB = (blocks.by_pairs(f, queries, keys, spec) for f in (blocks.seen, blocks.clear))
 
     def ranges(axis):
-        found = *blockwise.bounds(seen_AIJB, axis), *blockwise.first_run(clear_AIJB, axis)
+        found = *blocks.bounds(seen_AIJB, axis), *blocks.first_run(clear_AIJB, axis)
         return [jnp.swapaxes(x, 1, 2) for x in found]
 
     # One row per block, repeated for each head of the group: a [1, R] tile that broadcasts against [C, R] logits.
