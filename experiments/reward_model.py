@@ -78,7 +78,7 @@ def small_pmp() -> Config:
     full, others = small(), [name for name in ratings.FILES if name != "tweets"]
     return dataclasses.replace(
         full,
-        loop=LoopConfig(steps=150, log_every=10, eval_every=75, checkpoint_every=75),
+        loop=LoopConfig(steps=100, log_every=10, eval_every=50, checkpoint_every=50),
         dataset=",".join(f"ratings-{name}-4" for name in others),
         validation_dataset=",".join(f"ratings-{name}" for name in others),
         validation_prompts=100,

@@ -35,19 +35,19 @@ class Config:
     dpo: dpo.Config
     chats: sft.Config  # whose held-out rows are the base task
     pretrained: str = ""  # the model before fine-tuning; "random": of dpo.base, too, what `chats` trains from nothing
-    alpha: float = 2e-3  # a step's share of what fine-tuning had added: over 60 steps 12% of it
+    alpha: float = 2e-3  # a step's share of what fine-tuning had added: over 40 steps 8% of it
     reserve: float = 0.5
 
 
 def cpu() -> Config:
-    """60 steps each on the quickstart's models: two CPU cores, minutes."""
+    """40 steps each on the quickstart's models: two CPU cores, minutes."""
     small = dpo.small()
     run = dataclasses.replace(
         small,
         optimizer=dataclasses.replace(small.optimizer, peak_lr=5e-4),
-        loop=LoopConfig(steps=60, log_every=10, eval_every=20, checkpoint_every=20, keep_checkpoints=3),
+        loop=LoopConfig(steps=40, log_every=10, eval_every=20, checkpoint_every=20),
         dataset="ratings-tweets-4", validation_dataset="ratings-tweets", validation_prompts=0,
-        judge=JudgeConfig(prompts=1, each=256, every=20),
+        judge=JudgeConfig(prompts=1, each=128, every=20),
     )  # fmt: skip
     return Config(run, sft.small())
 

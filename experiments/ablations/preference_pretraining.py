@@ -28,9 +28,9 @@ class Config:
 
 
 def cpu() -> Config:
-    """150 steps on three domains, then 60 on tweets, twice: two CPU cores, minutes."""
+    """100 steps on three domains, then 40 on tweets, twice: two CPU cores, minutes."""
     tweets = reward_model.tweets()
-    loop = dataclasses.replace(tweets.loop, eval_every=10, checkpoint_every=60)
+    loop = dataclasses.replace(tweets.loop, steps=40, eval_every=10, checkpoint_every=40)
     return Config(
         reward_model.small_pmp(), dataclasses.replace(tweets, loop=loop, validation_dataset="ratings-tweets-4")
     )
