@@ -10,6 +10,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.rewards import tasks
 from qwen_jax.rewards.sample import Sample
 
+SIZE = 20_000  # word_ladder takes no more; items are made by index, from there on, too
+
 
 def entries(task: str, seed: int) -> Iterator[dict]:
     """Returns the items of a task, without end.
@@ -30,6 +32,6 @@ def score(samples: Sequence[Sample]) -> list[float]:
 def _made(task: str, seed: int):
     name, options = tasks.parse(task.removeprefix(tasks.GYM))
     try:
-        return reasoning_gym.create_dataset(name, seed=seed, size=2**31, **options)
+        return reasoning_gym.create_dataset(name, seed=seed, size=SIZE, **options)
     except Exception as error:  # whatever its configs assert
         raise InputError(f"reasoning-gym cannot make the task {task!r}: {type(error).__name__}: {error}") from None

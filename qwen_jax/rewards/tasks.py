@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
     Attributes:
       question: of the user.
-      solution: an answer that is right, such as fine-tuning may learn from.
+      solution: an answer that is right, such as fine-tuning may learn from; empty where the task knows none.
       reference: what scoring needs, for `Sample.reference`.
     """
 
@@ -104,9 +104,11 @@ def _of_gym(task: str, seed: int) -> Iterator[Problem]:
     except ModuleNotFoundError:
         raise InputError(MISSING.format(task)) from None
     # Its item i of seed s is made from s + i: seeds are put far apart, or two of them would have the same items.
-    first = int.from_bytes(hashlib.sha256(f"seed {seed}".encode()).digest()[:6], "big")
+    # Some of its tasks take no seed from 2**32 on.
+    first = int.from_bytes(hashlib.sha256(f"seed {seed}".encode()).digest()[:4], "big") // 2
     for entry in gym.entries(task, first):
-        yield Problem(entry["question"], str(entry["answer"]), {"task": task, "entry": entry})
+        solution = "" if entry["answer"] is None else str(entry["answer"])
+        yield Problem(entry["question"], solution, {"task": task, "entry": entry})
 
 
 def parse(task: str) -> tuple[str, dict[str, Any]]:

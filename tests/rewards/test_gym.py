@@ -55,7 +55,16 @@ def test_tasks_that_there_are_not_are_one_line():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["basic_arithmetic", "gcd", "number_sorting", "countdown", "simple_equations"])
+@pytest.mark.parametrize("name", ["basic_arithmetic", "gcd", "number_sorting", "pool_matrix", "word_ladder"])
 def test_a_tasks_own_answer_is_worth_1(name):
     problems = tasks.load(f"gym/{name}", "train", 3)
     assert gym.score([Sample([], p.solution, reference=p.reference) for p in problems]) == [1.0] * 3
+
+
+def test_a_task_that_knows_no_answer_has_no_solution():
+    assert {problem.solution for problem in tasks.load("gym/graph_color", "train", 2)} == {""}
+
+
+def test_problems_go_on_behind_the_size_that_a_task_may_have(monkeypatch):
+    monkeypatch.setattr(gym, "SIZE", 3)
+    assert len(tasks.load("gym/gcd max_numbers=3", "train", 20, seed=7)) == 20
