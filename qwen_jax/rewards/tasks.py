@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     Attributes:
       question: of the user.
       solution: an answer that is right, such as fine-tuning may learn from; empty where the task knows none.
-      reference: what scoring needs, for `Sample.reference`.
+      reference: what scoring needs, for `Sample.reference`; "answer" is the final answer alone, a part of the solution.
     """
 
     question: str
@@ -108,7 +108,7 @@ def _of_gym(task: str, seed: int) -> Iterator[Problem]:
     first = int.from_bytes(hashlib.sha256(f"seed {seed}".encode()).digest()[:4], "big") // 2
     for entry in gym.entries(task, first):
         solution = "" if entry["answer"] is None else str(entry["answer"])
-        yield Problem(entry["question"], solution, {"task": task, "entry": entry})
+        yield Problem(entry["question"], solution, {"task": task, "entry": entry, "answer": solution})
 
 
 def parse(task: str) -> tuple[str, dict[str, Any]]:

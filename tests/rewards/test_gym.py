@@ -15,6 +15,7 @@ def test_problems_are_the_same_each_time_and_of_the_options_that_were_asked_for(
     assert some == tasks.load(TASK, "train", 20, seed=1)
     assert all(problem.reference["entry"]["metadata"]["num_terms"] in (2, 3) for problem in some)
     for problem in some:
+        assert problem.reference["answer"] == problem.solution
         assert eval(problem.reference["entry"]["metadata"]["expression"]) == int(problem.solution)
 
 

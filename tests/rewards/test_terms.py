@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen_jax import rewards
 from qwen_jax.errors import InputError
 from qwen_jax.rewards import Sample, extraction, tasks, terms
 
@@ -136,6 +137,7 @@ def test_problems_that_there_are_not_are_one_line(task, split, line):
 def test_a_task_whose_package_is_missing_is_one_line_before_anything_is_sampled(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "qwen_jax.rewards.gym", raising=False)
+    monkeypatch.delattr(rewards, "gym", raising=False)
     for asked in (lambda: tasks.load("gym/gcd", "train", 1), lambda: tasks.scorer("gym/gcd")):
         with pytest.raises(InputError, match="'gym/gcd' needs reasoning-gym: pip install"):
             asked()
