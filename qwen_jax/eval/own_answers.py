@@ -95,8 +95,10 @@ def blocks(kept: Mapping[int, Sequence[Mapping]]) -> list[Block]:
     """Returns what a report shows: figures by step, and answers before and after.
 
     Args:
-      kept: step -> answers. Those of the first step are the model that training began with.
+      kept: step -> answers, those of the first step of the model that training began with; empty: no blocks.
     """
+    if not kept:
+        return []
     first, last = min(kept), max(kept)
     of = lambda step, name: [sample[name] for sample in kept[step]]
     comparable = [step for step in kept if of(step, "prompt") == of(first, "prompt")]

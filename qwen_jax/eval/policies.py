@@ -237,7 +237,7 @@ def write(folder: pathlib.Path) -> list[Block]:
         Table(["step", "accuracy", "margin", "reward of the preferred", "of the other"], table),
     ]
     blocks.append(Picture("plots/dpo.png", "held-out pairs, and reward against KL"))
-    return [*blocks, *(own_answers.blocks(kept) if kept else ())]
+    return [*blocks, *own_answers.blocks(kept)]
 
 
 def by_n(rewards: list[list[float]]) -> list[dict]:

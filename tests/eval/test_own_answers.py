@@ -94,3 +94,4 @@ def test_a_report_has_figures_by_step_and_the_first_answers_before_and_after():
     assert answers.rows == [["a", "1.00: 1.0 it is", "3.00: 3.0 it is"], ["b", "2.00: 2.0 it is", "2.00: 2.0 it is"]]
     other = own_answers.blocks(kept | {9: [sample("c")]})[2]
     assert other.rows[1][3] == ""  # other prompts are not compared
+    assert own_answers.blocks({}) == []
