@@ -25,8 +25,10 @@ from qwen_jax import models, objectives, sharding, tokenizer
 from qwen_jax.batches import Loss
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import preferences
+from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
 from qwen_jax.eval import policies, reinforced
+from qwen_jax.eval import preferences as preferred
 from qwen_jax.eval.policies import JudgeConfig
 from qwen_jax.files import write_whole
 from qwen_jax.objectives import divergence
@@ -57,6 +59,8 @@ from qwen_jax.training.loop import LoopConfig
 from qwen_jax.training.optimizer import OptimizerConfig
 from qwen_jax.training.samples import SamplesConfig
 from qwen_jax.training.watch import WatchConfig
+
+RATED = 50  # comparisons of each source that the doctor tries a reward model on
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Config:
     dataset: str = questions.TASK  # the task of `rewarded`; or chats, pairs or lists, whose prompts are asked
     validation_dataset: str = ""  # such another; empty: a split of the first
     most_prompts: int = 4096  # different ones of the training split
+    rated: str = ""  # comparisons on whose validation split the doctor tries the reward model; empty: it does not
     begin: int = 0  # words of the data's answer that are given, for the policy to go on from
     template: str = "qwen2"
     length: int = 256  # tokens in a row: prompt, answer, end
@@ -148,7 +153,7 @@ def smoke() -> Config:
         model=tiny.model, optimizer=tiny.optimizer, loop=tiny.loop, base="random", dataset="made-up-pairs", length=128,
         rewarded=RewardConfig(("model", "unfinished=0.5")), reward="random",
         sampling=SamplingConfig(prompts=4, each=2, max_new_tokens=8),
-        judge=JudgeConfig(prompts=2, each=2, max_new_tokens=8), doctor=DoctorConfig(tolerated=("ends",)),
+        judge=JudgeConfig(prompts=2, each=2, max_new_tokens=8), doctor=DoctorConfig(tolerated=("ends", "reward model")),
     )  # fmt: skip
 
 
@@ -163,7 +168,7 @@ def qwen2_5_7b() -> Config:
         optimizer=OptimizerConfig(peak_lr=1e-6, schedule="constant", weight_decay=0.0),
         loop=LoopConfig(steps=500, log_every=1, eval_every=50, checkpoint_every=50),
         rewarded=RewardConfig(("model",)), dataset="", template="qwen2.5", length=4096,
-        sampling=SamplingConfig(prompts=256, each=8, max_new_tokens=2048),
+        sampling=SamplingConfig(prompts=256, each=8, max_new_tokens=2048, slots=256),
         updates=UpdatesConfig(minibatches=4, microbatches=8),
         judge=JudgeConfig(prompts=64, each=2, max_new_tokens=2048, every=50),
     )  # fmt: skip
@@ -448,7 +453,9 @@ def learn(config, built: reinforce.Reinforced, folder: Path, first, tok: Tokeniz
 
         def initial() -> RLState:
             state = first(config, built, frozen)
-            findings = examining.examine(built, state, collector, frozen, tok, config.doctor)
+            findings = examining.examine(
+                built, state, collector, frozen, tok, config.doctor, pairs=rated_pairs(config, tok, judge)
+            )
             say(f"the doctor, before the first update:\n{doctor.table(findings)}")
             doctor.keep(folder, findings)
             doctor.insist(findings, config.doctor)
@@ -468,6 +475,18 @@ def learn(config, built: reinforce.Reinforced, folder: Path, first, tok: Tokeniz
         more=[*reinforced.write(folder), *doctor.report(doctor.read(folder))],
     )
     say(f"done: figures in {folder / 'report.md'}, model in {folder / 'checkpoints'}")
+
+
+def rated_pairs(config, tok: Tokenizer, judge: policies.Judge):
+    """Returns the reward model's scores of the preferred answer of held-out pairs, and of the other; None without."""
+    if not config.rated or judge.scorer is None:
+        return None
+    rendering = Rendering(
+        config.template, "last-turn", judge.scorer.max_position_embeddings, "error", "auto", pairs=True
+    )
+    answers, _ = preferences.load(config.rated, "validation", tok, rendering, most=RATED)
+    found = preferred.scored(answers, judge.scores(answers))
+    return found.chosen, found.rejected
 
 
 def make_judge(config, tok: Tokenizer, rater, asked: list, frozen: tuple, layout: Layout) -> policies.Judge:

@@ -80,6 +80,7 @@ class Config:
     dataset: str = ratings.every()  # chats, pairs or lists, whose prompts are asked; "task": that of `rewarded`
     validation_dataset: str = ""  # such another; empty: a split of the first
     most_prompts: int = 4096  # different ones of the training split
+    rated: str = ""  # comparisons on whose validation split the doctor tries the reward model; empty: it does not
     begin: int = 0  # words of the data's answer that are given, for the policy to go on from
     template: str = "qwen2"
     length: int = 256  # tokens in a row: prompt, answer, end
@@ -110,7 +111,7 @@ def qwen_14b() -> Config:
         value_optimizer=constant(5e-6),
         loop=LoopConfig(steps=500, log_every=1, eval_every=50, checkpoint_every=50),
         dataset="", template="qwen", length=2048,
-        sampling=SamplingConfig(prompts=256, each=2, max_new_tokens=1024, top_p=0.9),
+        sampling=SamplingConfig(prompts=256, each=2, max_new_tokens=1024, top_p=0.9, slots=128),
         updates=UpdatesConfig(minibatches=4, microbatches=4, value_only=50, rewards="centred"),
         mixing=Mixing(coef=0.1, rows=512, length=2048),
         judge=JudgeConfig(prompts=64, each=2, max_new_tokens=1024, every=50),
@@ -131,7 +132,7 @@ def small() -> Config:
         optimizer=dataclasses.replace(full.optimizer, peak_lr=3e-4),
         value_optimizer=dataclasses.replace(full.value_optimizer, peak_lr=1e-3),
         loop=LoopConfig(steps=50, log_every=1, eval_every=25, checkpoint_every=25),
-        dataset=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
+        dataset=ratings.every(), rated=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
         sampling=SamplingConfig(prompts=24, each=2, max_new_tokens=24, top_p=0.9),
         updates=UpdatesConfig(minibatches=2, value_only=6, rewards="centred"),
         mixing=Mixing(dataset="chitchat", coef=0.1, rows=2),
@@ -145,9 +146,9 @@ def quickstart() -> Config:
     return dataclasses.replace(
         full,
         loop=LoopConfig(steps=30, log_every=5, eval_every=15, checkpoint_every=15),
-        dataset="ratings-tweets",
+        dataset="ratings-tweets", rated="ratings-tweets",
         judge=dataclasses.replace(full.judge, every=15),
-    )
+    )  # fmt: skip
 
 
 def smollm2() -> Config:
@@ -169,7 +170,7 @@ def smoke() -> Config:
     tiny = grpo.smoke()
     return Config(
         model=tiny.model, optimizer=tiny.optimizer, value_optimizer=tiny.optimizer, loop=tiny.loop, base="random",
-        dataset=tiny.dataset, reward="random", length=tiny.length,
+        dataset=tiny.dataset, rated=tiny.dataset, reward="random", length=tiny.length,
         sampling=dataclasses.replace(tiny.sampling, top_p=0.9),
         updates=UpdatesConfig(epochs=2, minibatches=1, value_only=1, rewards="centred"),
         mixing=Mixing("made-up", rows=8, length=128), judge=tiny.judge, doctor=tiny.doctor,

@@ -65,7 +65,9 @@ def ci() -> Config:
         full.ppo,
         loop=dataclasses.replace(full.ppo.loop, steps=4, eval_every=4, checkpoint_every=4),
         judge=dataclasses.replace(full.ppo.judge, prompts=8, every=0),
-        doctor=DoctorConfig(tolerated=("ends", "values")),  # of models that have learned next to nothing
+        doctor=DoctorConfig(
+            tolerated=("ends", "values", "reward model")
+        ),  # of models that have learned next to nothing
     )
     stages = dict(pretrain=short(full.pretrain, 60), sft=short(full.sft, 20), reward=reward, ppo=learned)
     return dataclasses.replace(full, **stages)

@@ -40,12 +40,15 @@ class SamplingConfig:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
+    slots: int = 0  # answers in work at a time: the next takes the place of one that ends; 0: all at once
     behind: bool = False  # learn from what the policy of the step before sampled, while the next rollout is under way
 
     def __post_init__(self):
         for name in ("prompts", "each", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"sampling.{name} is {getattr(self, name)}; expected at least 1")
+        if self.slots < 0:
+            raise InputError(f"sampling.slots is {self.slots}; expected 0 (all at once) or more")
         if self.temperature <= 0:
             raise InputError(f"sampling.temperature is {self.temperature}; expected above 0: greedy answers are alike")
 
@@ -198,8 +201,8 @@ class Collector:
         config = self._config
         return rollout.generate(
             self._model, self._weights, self.asked(index), jax.random.fold_in(jax.random.key(self._seed), index),
-            samples=config.each, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, stop_ids=self._stops, num_tokens=self._num_tokens,
+            samples=config.each, slots=config.slots or None, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, top_p=config.top_p, stop_ids=self._stops, num_tokens=self._num_tokens,
         )  # fmt: skip
 
     def _answered(self, index: int, found: rollout.Completions) -> Answered:

@@ -14,7 +14,14 @@ from qwen_jax.training.reinforce import Reinforced
 
 
 def examine(
-    built: Reinforced, state: RLState, collector: Collector, frozen: tuple, tok: Tokenizer, config: DoctorConfig
+    built: Reinforced,
+    state: RLState,
+    collector: Collector,
+    frozen: tuple,
+    tok: Tokenizer,
+    config: DoctorConfig,
+    *,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Finding]:
     """Returns what the doctor finds; the collector stands where it stood, and the run will sample this rollout again.
 
@@ -25,6 +32,7 @@ def examine(
       frozen: the arrays of built.frozen.
       tok: the policy's.
       config: what is healthy.
+      pairs: the reward model's scores of answers that people preferred, and of the others.
     """
     begin = collector.get_state()
     collector.see(state.params)
@@ -34,7 +42,9 @@ def examine(
     lesson, rewards_B = built.score(state, rollout, *frozen)
     again_BT = built.log_probs(state.params, rollout, *frozen)
     found = jax.device_get((lesson, whole(rollout), again_BT, rewards_B))
-    return doctor.examine(evidence(*found, tok, scored="reward" in built.frozen[0] if built.frozen else False), config)
+    seen = evidence(*found, tok, scored=bool(built.frozen) and "reward" in built.frozen[0])
+    chosen, rejected = pairs or (None, None)
+    return doctor.examine(seen._replace(chosen=chosen, rejected=rejected), config)
 
 
 def evidence(lesson: Lesson, rollout: Rollout, log_probs_BT, rewards_B, tok: Tokenizer, *, scored: bool) -> Evidence:

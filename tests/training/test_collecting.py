@@ -83,6 +83,13 @@ def test_a_rollout_one_step_behind_is_kept_in_the_checkpoint(params):
     assert resumed.metrics["reward/mean"] == 1.0 and 0 <= resumed.metrics["rollout/repetition"] <= 1
 
 
+def test_slots_sample_what_all_at_once_sample(params):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        *(rollouts(collector(slots=slots), params[:1])[0] for slots in (0, 3)),
+    )
+
+
 def test_a_sign_of_hacking_is_told_once_and_stops_the_run_where_asked():
     told = []
     source = collector(signs=WatchConfig(window=1, stop=("kl",)))
