@@ -129,14 +129,14 @@ def small() -> Config:
     return dataclasses.replace(
         full,
         model=pretrain.small().model,
-        optimizer=dataclasses.replace(full.optimizer, peak_lr=3e-4),
-        value_optimizer=dataclasses.replace(full.value_optimizer, peak_lr=1e-3),
-        loop=LoopConfig(steps=50, log_every=1, eval_every=25, checkpoint_every=25),
-        dataset=ratings.every(), rated=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
+        optimizer=dataclasses.replace(full.optimizer, peak_lr=1e-4),
+        value_optimizer=dataclasses.replace(full.value_optimizer, peak_lr=3e-4),
+        loop=LoopConfig(steps=40, log_every=1, eval_every=20, checkpoint_every=20),
+        rewarded=RewardConfig(("model", "unfinished")), dataset=ratings.every(), rated=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
         sampling=SamplingConfig(prompts=24, each=2, max_new_tokens=24, top_p=0.9),
         updates=UpdatesConfig(minibatches=2, value_only=6, rewards="centred"),
         mixing=Mixing(dataset="chitchat", coef=0.1, rows=2),
-        judge=JudgeConfig(prompts=64, each=4, max_new_tokens=24, every=25),
+        judge=JudgeConfig(prompts=64, each=4, max_new_tokens=24, every=20),
     )  # fmt: skip
 
 
