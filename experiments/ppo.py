@@ -132,7 +132,8 @@ def small() -> Config:
         optimizer=dataclasses.replace(full.optimizer, peak_lr=1e-4),
         value_optimizer=dataclasses.replace(full.value_optimizer, peak_lr=3e-4),
         loop=LoopConfig(steps=40, log_every=1, eval_every=20, checkpoint_every=20),
-        rewarded=RewardConfig(("model", "unfinished")), dataset=ratings.every(), rated=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
+        rewarded=RewardConfig(("model", "unfinished")), rated=ratings.every(),
+        dataset=ratings.every(), begin=2, most_prompts=1024, template="qwen2", length=96,
         sampling=SamplingConfig(prompts=24, each=2, max_new_tokens=24, top_p=0.9),
         updates=UpdatesConfig(minibatches=2, value_only=6, rewards="centred"),
         mixing=Mixing(dataset="chitchat", coef=0.1, rows=2),
@@ -145,6 +146,7 @@ def quickstart() -> Config:
     full = small()
     return dataclasses.replace(
         full,
+        optimizer=dataclasses.replace(full.optimizer, peak_lr=2e-4),
         loop=LoopConfig(steps=30, log_every=5, eval_every=15, checkpoint_every=15),
         dataset="ratings-tweets", rated="ratings-tweets",
         judge=dataclasses.replace(full.judge, every=15),
