@@ -76,21 +76,21 @@ def steps(marks, spec):
     return grids
 
 
-@pytest.mark.parametrize("chunks, blocks", [(DualChunk(), 8), (DualChunk(320, 64), 8), (DualChunk(320, 64), 7)])
-def test_a_causal_grid_has_no_empty_steps(chunks, blocks):
+@pytest.mark.parametrize("chunks, count", [(DualChunk(), 8), (DualChunk(320, 64), 8), (DualChunk(320, 64), 7)])
+def test_a_causal_grid_has_no_empty_steps(chunks, count):
     """Each pair of blocks is a step, its kind of query the one that its chunks ask for; nothing else is."""
-    positions = np.arange(128 * blocks)[None]
+    positions = np.arange(128 * count)[None]
     marks = blocks.Marks(positions, positions, *(np.ones_like(positions),) * 2)
     chunk = lambda block: block * 128 // (chunks.stride or positions.size)
-    expected = sorted((i, j, min(chunk(i) - chunk(j), 2)) for i in range(blocks) for j in range(i + 1))
+    expected = sorted((i, j, min(chunk(i) - chunk(j), 2)) for i in range(count) for j in range(i + 1))
     over_queries, over_keys = steps(marks, blocks.Spec(1.0, True, 128, 128, chunks.stride))
     for (places, size, taken), (i, j) in ((over_queries, ("outer", "inner")), (over_keys, ("inner", "outer"))):
         found = np.stack([getattr(places, of) for of in (i, j, "kind")], axis=1)[(places.masked | places.clear) & taken]
         assert sorted(map(tuple, found.tolist())) == expected
-        assert int((places.clear & taken).sum()) == blocks * (blocks - 1) // 2  # only the diagonal needs a mask
-        assert size - len(found) == blocks % 2 * (blocks + 1) // 2  # the block in the middle has no partner
+        assert int((places.clear & taken).sum()) == count * (count - 1) // 2  # only the diagonal needs a mask
+        assert size - len(found) == count % 2 * (count + 1) // 2  # the block in the middle has no partner
         for ends in (places.opens, places.closes):
-            assert sorted(places.outer[ends & taken].tolist()) == list(range(blocks))
+            assert sorted(places.outer[ends & taken].tolist()) == list(range(count))
 
 
 def test_kernels_do_not_touch_blocks_that_nobody_sees():
