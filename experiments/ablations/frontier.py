@@ -7,6 +7,7 @@ Reads the folders of runs that are finished, one for each seed: the judged sampl
 step, those of best-of-n by n, whose KL is its bound log n - (n - 1) / n (arXiv:2401.01879, theorem 1). They
 are comparable where the answers are to the same prompts and judged by the same reward model, from the same model to
 begin with: runs on other prompts are refused, and so are runs whose untrained policies differ by more than chance.
+(`ppo small` goes on from first words, which the others are not given: --begin 0; `best_of_n`: --split validation.)
 Figures are means over seeds, ± the standard deviation between them. Seconds.
 """
 
