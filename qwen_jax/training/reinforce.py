@@ -152,10 +152,17 @@ def build(
 def _score(state: RLState, rollout: Rollout, frozen: tuple, roles: Roles, updates: UpdatesConfig, each: int):
     """Returns the Lesson, the rewards as they were given, their moments with these, and metrics."""
     mask_BT, seen_B = rollout.mask, jnp.any(rollout.mask != 0, axis=1)
-    old_BT = roles.policy(state.params, rollout, *frozen)
-    ref_BT = roles.reference(rollout, *frozen) if roles.reference else NOTHING
-    values_BT = roles.value(state.value.params, rollout, *frozen) if roles.value else NOTHING
-    raw_B = rollout.rewards + (roles.reward(rollout, *frozen) if roles.reward else 0.0)
+
+    def read(part):
+        return (
+            roles.policy(state.params, part, *frozen),
+            roles.reference(part, *frozen) if roles.reference else NOTHING,
+            roles.value(state.value.params, part, *frozen) if roles.value else NOTHING,
+            part.rewards + (roles.reward(part, *frozen) if roles.reward else 0.0),
+        )
+
+    # As many rows at a time as an update computes, so that no more memory is needed than it takes.
+    old_BT, ref_BT, values_BT, raw_B = _in_pieces(read, rollout, updates.minibatches * updates.microbatches)
     moments, scores_B = normalised(state.moments, raw_B, seen_B, updates.rewards)
     lesson = Lesson(
         rollout.tokens, rollout.segment_ids, mask_BT, old_BT, ref_BT, jnp.zeros_like(old_BT), values_BT, values_BT
@@ -167,6 +174,15 @@ def _score(state: RLState, rollout: Rollout, frozen: tuple, roles: Roles, update
         metrics |= {"rollout/importance": masked.mean(weights_BT, mask_BT)}
         lesson = lesson._replace(advantages=jnp.where(mask_BT != 0, lesson.advantages * weights_BT, 0.0))
     return jax.lax.stop_gradient(lesson), raw_B, moments, metrics
+
+
+def _in_pieces(function: Callable, rows, count: int):
+    """Returns function(rows) computed for B / count rows at a time; every device keeps the rows it has."""
+    if count == 1:
+        return function(rows)
+    cut = lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    join = lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, rows)))
 
 
 def rollout_metrics(rollout: Rollout, lesson: Lesson, rewards_B: jax.Array, seen_B: jax.Array, each: int) -> dict:
@@ -200,7 +216,7 @@ def _update(state: RLState, lesson: Lesson, mixed, frozen: tuple, policy: Progra
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), B) for epoch in range(updates.epochs)]
     rows_UR = jnp.stack(orders).reshape(U, B // updates.minibatches)
-    cut = lambda x: x.reshape(x.shape[0] // U, U, *x.shape[1:]).swapaxes(0, 1)  # every device keeps the rows it has
+    cut = lambda x: x.reshape(x.shape[0] // U, U, *x.shape[1:]).swapaxes(0, 1)  # as `_in_pieces`
     numbers_U = state.step * U + jnp.arange(U)
 
     def update(carry, inputs):
