@@ -1,4 +1,4 @@
-"""Runs of GRPO and PPO: their first stage, a stop and going on to the bit, adapters on a mesh, and what is refused."""
+"""Runs of GRPO and PPO: their first stage, a stop and going on to the bit, adapters, and what is refused."""
 
 import dataclasses
 
@@ -14,7 +14,6 @@ from qwen_jax.rewards import RewardConfig
 from qwen_jax.training import checkpoint, collecting, doctor, metrics, samples
 from qwen_jax.training.collecting import SamplingConfig
 from qwen_jax.training.lessons import UpdatesConfig
-from tests.conftest import MESHES
 
 SMOKE = grpo.smoke()
 SUMS = dataclasses.replace(
@@ -23,6 +22,12 @@ SUMS = dataclasses.replace(
     loop=dataclasses.replace(SMOKE.loop, steps=3), updates=UpdatesConfig(minibatches=2, truncate=2.0),
     sampling=SamplingConfig(prompts=8, each=2, max_new_tokens=8, behind=True),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Meshes are compared in tests/training/test_reinforce.py; collectives of 8 virtual devices cost most of a run."""
+    monkeypatch.setattr(sharding.jax, "devices", lambda: [jax.local_devices()[0]])
 
 
 def test_grpo_from_its_first_stage_goes_on_after_a_stop_to_the_bit(tmp_path, monkeypatch):
@@ -54,10 +59,8 @@ def test_grpo_from_its_first_stage_goes_on_after_a_stop_to_the_bit(tmp_path, mon
         assert title in report
 
 
-def test_ppo_with_adapters_on_a_mesh_begins_as_its_reference(tmp_path):
-    smoke = ppo.smoke()
-    config = dataclasses.replace(smoke, lora=LoraConfig(rank=2), mesh=MESHES["fsdp2-context2-tensor2"])
-    ppo.run(config, tmp_path / "run", "smoke")
+def test_ppo_with_adapters_begins_as_its_reference(tmp_path):
+    ppo.run(dataclasses.replace(ppo.smoke(), lora=LoraConfig(rank=2)), tmp_path / "run", "smoke")
     rows = [row for row in metrics.read(tmp_path / "run") if "loss" in row]
     assert rows[0]["rollout/kl"] == pytest.approx(0, abs=1e-4)
     assert [row["policy/updates"] for row in rows] == [1, 2]
@@ -73,7 +76,8 @@ def test_ppo_with_adapters_on_a_mesh_begins_as_its_reference(tmp_path):
 @pytest.mark.parametrize("module, recipe", [(m, r) for m in (grpo, ppo) for r in m.RECIPES if r != "smoke"])
 def test_recipes_resolve_at_full_size_without_touching_a_device(module, recipe):
     config = module.RECIPES[recipe]()
-    built = module.build(config, sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4)))
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4), jax.local_devices())
+    built = module.build(config, mesh)
     rows, length = built.batch.rollout.tokens.shape
     assert (rows, length) == (config.sampling.rows, config.length)
 
