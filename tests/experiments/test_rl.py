@@ -17,7 +17,8 @@ from qwen_jax.training.lessons import UpdatesConfig
 
 SMOKE = grpo.smoke()
 SUMS = dataclasses.replace(
-    SMOKE, base="sft", dataset="task", rewarded=RewardConfig(("answer", "repetition=1")), reward="",
+    SMOKE, base="sft", dataset="task", reward="",
+    rewarded=RewardConfig(("answer", "tests.rewards.functions:length=0.1")),
     first=dataclasses.replace(sft.smoke(), length=128), shown=grpo.Shown((30, 4), chats=40, turns=2), most_prompts=8,
     loop=dataclasses.replace(SMOKE.loop, steps=3), updates=UpdatesConfig(minibatches=2, truncate=2.0),
     sampling=SamplingConfig(prompts=8, each=2, max_new_tokens=8, behind=True),
