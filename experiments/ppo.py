@@ -114,7 +114,7 @@ def qwen_14b() -> Config:
         sampling=SamplingConfig(prompts=256, each=2, max_new_tokens=1024, top_p=0.9, slots=128),
         updates=UpdatesConfig(minibatches=4, microbatches=4, value_only=50, rewards="centred"),
         mixing=Mixing(coef=0.1, rows=512, length=2048),
-        judge=JudgeConfig(prompts=64, each=2, max_new_tokens=1024, every=50),
+        judge=JudgeConfig(prompts=64, each=2, max_new_tokens=1024, every=50), doctor=grpo.IN_BFLOAT16,
     )  # fmt: skip
 
 
@@ -324,7 +324,8 @@ def run(config: Config, folder, recipe: str) -> None:
         if mixed is not None:
             stack.callback(mixed.close)
         first = functools.partial(first_state, tok=tok)
-        grpo.learn(config, built, folder, first, tok, title=f"ppo {recipe}", mixed=mixed)
+        centred = config.clipped.whiten and not config.updates.truncate
+        grpo.learn(config, built, folder, first, tok, title=f"ppo {recipe}", centred=centred, mixed=mixed)
 
 
 if __name__ == "__main__":

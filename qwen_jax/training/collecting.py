@@ -23,7 +23,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.rewards import terms
 from qwen_jax.rollout import DECODE_RULES
 from qwen_jax.sharding import Layout
-from qwen_jax.training import watch
+from qwen_jax.training import hosts, watch
 from qwen_jax.training.lessons import Experience
 from qwen_jax.training.watch import WatchConfig
 
@@ -176,9 +176,14 @@ class Collector:
     def watch(self, step: int, figures: dict[str, float]) -> None:
         """Looks for signs of reward hacking in the figures of a finished step.
 
+        The first process decides for all: rewards from the host are of each process's own answers.
+
         Raises:
           InputError: where one shows that is to stop the run.
         """
+        hosts.once(lambda: self._look(step, figures))
+
+    def _look(self, step: int, figures: dict[str, float]) -> None:
         self._watched, told = watch.look(self._watched, {**figures, "step": step}, self._signs)
         for warning in told:
             self._say(f"step {step}: {warning.text}")

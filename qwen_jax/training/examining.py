@@ -21,6 +21,7 @@ def examine(
     tok: Tokenizer,
     config: DoctorConfig,
     *,
+    centred: bool = True,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Finding]:
     """Returns what the doctor finds; the collector stands where it stood, and the run will sample this rollout again.
@@ -32,6 +33,7 @@ def examine(
       frozen: the arrays of built.frozen.
       tok: the policy's.
       config: what is healthy.
+      centred: the advantages of a rollout have a mean of 0: whitened or less their group's, and not weighed after that.
       pairs: the reward model's scores of answers that people preferred, and of the others.
     """
     begin = collector.get_state()
@@ -44,7 +46,7 @@ def examine(
     found = jax.device_get((lesson, whole(rollout), again_BT, rewards_B))
     seen = evidence(*found, tok, scored=bool(built.frozen) and "reward" in built.frozen[0])
     chosen, rejected = pairs or (None, None)
-    return doctor.examine(seen._replace(chosen=chosen, rejected=rejected), config)
+    return doctor.examine(seen._replace(centred=centred, chosen=chosen, rejected=rejected), config)
 
 
 def evidence(lesson: Lesson, rollout: Rollout, log_probs_BT, rewards_B, tok: Tokenizer, *, scored: bool) -> Evidence:

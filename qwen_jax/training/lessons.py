@@ -24,7 +24,7 @@ class UpdatesConfig:
     minibatches: int = 1  # updates in a pass
     microbatches: int = 1  # of each update: gradient accumulation
     value_only: int = 0  # first updates of the run that leave the policy alone
-    stop_kl: float = 0.0  # nats a token from the old policy at which a step stops updating the policy; 0: never
+    stop_kl: float = 0.0  # nats a token from the old policy; the first update that finds more is a step's last; 0: off
     truncate: float = 0.0  # most that an importance weight counts, see `importance`; 0: all count 1
     rewards: Literal["as-is", "centred", "scaled"] = "as-is"  # less the run's mean so far; and by its deviation
 

@@ -127,7 +127,8 @@ def build(
         state, learned = _update(state, lesson, batch.mixed, frozen, policy, value, updates)
         kl = metrics.get("rollout/kl", jnp.float32(0))
         metrics |= learned | {"policy/kl_coef": state.kl_coef}
-        return state._replace(moments=moments, kl_coef=roles.adapt(state.kl_coef, kl)), metrics
+        adapted = jnp.where(learned["policy/updates"] > 0, roles.adapt(state.kl_coef, kl), state.kl_coef)
+        return state._replace(moments=moments, kl_coef=adapted), metrics
 
     return Reinforced(
         layout=layout, state=state, batch=batch, frozen=policy.frozen, policy=policy, value=value,

@@ -91,6 +91,8 @@ def test_recipes_resolve_at_full_size_without_touching_a_device(module, recipe):
         (dict(length=2048), "length is 2048, over model.max_position_embeddings 1024"),
         (dict(lora=LoraConfig(rank=2, dropout=0.1)), "the first ratio is to be 1"),
         (dict(updates=UpdatesConfig(value_only=2)), "the run has no more updates"),
+        (dict(sampling=SamplingConfig(4, 2, 8, behind=True)), "expected importance weights"),
+        (dict(sampling=SamplingConfig(4, 2, 8, temperature=0.7)), "and updates.truncate is 0"),
         (dict(sampling=SamplingConfig(4, 2, 120)), "does not fit into rows of 128"),
         (dict(validation_dataset="EMPTY"), "EMPTY"),
     ],
