@@ -17,23 +17,7 @@ TPU = ["--name", "big", "--zone", "z1", "--topology", "v5p-128", "--runtime", "v
 GKE = ["--name", "big", "--topology", "v5p-128", "--image", "r/i:1"]
 XPK = ["--cluster", "c", "--zone", "z1", "--project", "p"]
 SLURM = ["--name", "big", "--nodes", "4"]
-BASICS = [
-    "bash",
-    "cat",
-    "date",
-    "dirname",
-    "env",
-    "git",
-    "id",
-    "mkdir",
-    "python3",
-    "rm",
-    "sed",
-    "seq",
-    "sh",
-    "sleep",
-    "tar",
-]
+BASICS = ["bash", "cat", "date", "dirname", "env", "git", "id", "mkdir", "python3", "rm", "sed", "seq", "sh", "sleep"]
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "${0##*/}" "$@" >> "$CALLS"; printf '\\n\\0' >> "$CALLS"
 [ "${0##*/}" != sbatch ] && [ "${0##*/}" != kubectl ] && [ "${0##*/}" != docker ] || cat > "$CALLS.stdin"
