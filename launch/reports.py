@@ -1,7 +1,15 @@
-"""The dry run's report: a dict that is its JSON, and the same as text."""
+"""The dry run's report: a dict that is its JSON, and the same as text.
+
+    python -m launch.reports docs/results/dry_run/*.json
+
+prints the Markdown table of reports that were written with --out.
+"""
 
 import dataclasses
 import importlib.metadata
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -179,3 +187,28 @@ def table(reports: list[dict]) -> str:
         fits = "yes" if each["fits"] else "no"
         lines.append(f"| `{each['flags']}` | {fits} | {peak} | {time} | {used} | {step['compile seconds']} |")
     return "\n".join(lines)
+
+
+def recorded(reports: list[dict]) -> str:
+    """Returns reports of train steps as a Markdown table, a row each."""
+    lines = [
+        "| recipe | slice | mesh | rows x tokens | remat | state GB | peak GB of | step s, least | utilisation, most |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in reports:
+        held, step = each["bytes per chip"], each["functions"]["train_step"]
+        rows, length = each["rows x tokens of a step"]
+        name = f"`{each['experiment'].removeprefix('experiments.')} {each['recipe']}`"
+        state = (held["parameters"] + held["optimizer"] + held["frozen"]) / GB
+        peak = "?" if step["bytes"]["peak"] is None else f"{step['bytes']['peak'] / GB:.1f}"
+        time = f"{each['step seconds']:.1f}" if each["fits"] else "does not fit"
+        used = f"{each['model FLOPs utilisation']:.1%}" if each["fits"] else ""
+        lines.append(
+            f"| {name} | {each['topology']['name']} | {each['mesh']} | {rows} x {length:,} | {each['remat']} "
+            f"| {state:.1f} | {peak} of {held['capacity'] / GB:.1f} | {time} | {used} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(recorded([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
