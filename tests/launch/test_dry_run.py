@@ -101,7 +101,7 @@ def test_the_report_is_of_the_program_that_runs(cpu, capsys, tmp_path):
     assert 0 < held["optimizer"] - 2 * held["parameters"] < 64 and report["rows x tokens of a step"] == [16, 64]
     step = report["functions"]["train_step"]
     assert step["bytes"]["arguments"] >= held["parameters"] + held["optimizer"] + held["batch"]
-    # Forward, and twice as much backward; the backward pass forms the logits of the vocabulary again, and maybe those of
+    # Forward, and twice as much backward, which forms the logits of the vocabulary again, and maybe those of
     # attention, which takes 2 products forward and 4 or 5 backward. Norms and biases are in no product.
     model, tokens = pretrain.smoke().model, 16 * 64 / 8
     N, K, H, L, D = (getattr(model, name) for name in SIZES)
