@@ -148,3 +148,16 @@ def test_put_gives_every_device_its_rows():
     array = sharding.put(rows, struct)
     np.testing.assert_array_equal(array, rows)
     assert array.addressable_shards[0].data.shape == (2, 2)
+
+
+@pytest.mark.parametrize("sizes, within, across", [
+    ((2, 4, 1, 1, 2), [1, 4, 1, 1, 2], [2, 1, 1, 1, 1]), ((4, 2, 1, 1, 1), [2, 2, 1, 1, 1], [2, 1, 1, 1, 1]),
+    ((1, 8, 1, 1, 2), [1, 4, 1, 1, 2], [1, 2, 1, 1, 1]),
+])  # fmt: skip
+def test_one_axis_goes_from_slice_to_slice(sizes, within, across):
+    assert sharding._over_slices(sizes, 2) == (within, across)
+
+
+def test_slices_that_no_batch_axis_can_join_are_refused():
+    with pytest.raises(InputError, match="data=1, fsdp=3 over 2 slices; expected one of them to be a multiple of that"):
+        sharding._over_slices((1, 3, 1, 1, 4), 2)
