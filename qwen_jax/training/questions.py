@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_jax import rewards
 from qwen_jax.data import preferences, sources
+from qwen_jax.errors import InputError
 from qwen_jax.rewards import RewardConfig, Sample, tasks
 from qwen_jax.tokenizer import Tokenizer, chat
 
@@ -35,7 +36,7 @@ def load(dataset: str, split: str, config: RewardConfig, *, most: int, begin: in
       begin: words of the data's answer that are given, for the policy to go on from (arXiv:1909.08593, section 3.1).
 
     Raises:
-      InputError: as `rewards.tasks.load` and `data.preferences.prompts`.
+      InputError: as `rewards.tasks.load` and `data.preferences.prompts`; where there are none.
     """
     if dataset == TASK:
         found = tasks.load(config.task, split, most)
@@ -49,6 +50,8 @@ def load(dataset: str, split: str, config: RewardConfig, *, most: int, begin: in
             found += [Question(messages, {}, text) for messages, text in begun]
         elif share:
             found += [Question(messages) for messages in preferences.prompts(name, split, most=share)]
+    if not found:
+        raise InputError(f"{dataset}: there are no prompts in its split {split!r}; expected at least one")
     return found
 
 

@@ -77,7 +77,7 @@ def test_ppo_with_adapters_begins_as_its_reference(tmp_path):
 @pytest.mark.parametrize("module, recipe", [(m, r) for m in (grpo, ppo) for r in m.RECIPES if r != "smoke"])
 def test_recipes_resolve_at_full_size_without_touching_a_device(module, recipe):
     config = module.RECIPES[recipe]()
-    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=4), jax.local_devices())
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, context=2, tensor=2), jax.local_devices())
     built = module.build(config, mesh)
     rows, length = built.batch.rollout.tokens.shape
     assert (rows, length) == (config.sampling.rows, config.length)
