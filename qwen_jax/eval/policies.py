@@ -232,7 +232,8 @@ def write(folder: pathlib.Path) -> list[Block]:
         Text("Held-out pairs", 2),
         Text(
             "Accuracy is the share of held-out pairs whose preferred answer has the higher implicit reward, "
-            "beta log(policy / reference): the win rate judged by people's own labels."
+            "beta log(policy / reference): the win rate judged by people's own labels. At step 0 the two are one, and "
+            "no pair is ranked: knowing nothing is 0.5."
         ),
         Table(["step", "accuracy", "margin", "reward of the preferred", "of the other"], table),
     ]
