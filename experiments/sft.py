@@ -209,6 +209,16 @@ def lora_smollm2() -> Config:
     )
 
 
+def q_lora_smollm2() -> Config:
+    """`lora-smollm2` beside a base of four bits (NF4), as `qwen-q-lora` is to `qwen-lora`, and shorter."""
+    full = lora_smollm2()
+    return dataclasses.replace(
+        full,
+        loop=LoopConfig(steps=100, log_every=5, eval_every=25, checkpoint_every=25),
+        lora=dataclasses.replace(full.lora, quantised="nf4"),
+    )
+
+
 RECIPES = {
     "small": small,
     "smoke": smoke,
@@ -221,6 +231,7 @@ RECIPES = {
     "qwen-q-lora": qwen_q_lora,
     "chatml-4000": chatml_4000,
     "lora-smollm2": lora_smollm2,
+    "q-lora-smollm2": q_lora_smollm2,
 }
 
 
