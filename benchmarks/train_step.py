@@ -39,8 +39,8 @@ class Options:
         runs: pairs of timed steps.
         batch_size: rows.
         length: tokens in a row.
-        remat: of qwen_jax: "dots" makes all but matrix products again, which costs next to nothing; transformers keeps
-            everything, its default.
+        remat: of qwen_jax: "dots" makes all but matrix products and attention again, which costs next to nothing;
+            transformers keeps everything, its default.
         scan_layers: of qwen_jax.
     """
 
@@ -74,6 +74,7 @@ def ours(folder: pathlib.Path, options: Options):
     from experiments import sft
     from qwen_jax import hf, sharding
     from qwen_jax.batches import LMBatch
+    from qwen_jax.training import heap
     from qwen_jax.training.loop import LoopConfig
     from qwen_jax.training.optimizer import OptimizerConfig
 
@@ -83,6 +84,8 @@ def ours(folder: pathlib.Path, options: Options):
     )  # fmt: skip
     mesh = sharding.make_mesh(sharding.MeshConfig())
     built = sft.build(run, mesh)
+    train_step = built.train_step.lower(built.state, built.batch).compile()  # as the training loop does
+    heap.release()
     held = {"state": built.start(hf.load(folder, mesh=mesh)[1], jax.random.key(0))}
     ones = np.ones((options.batch_size, options.length), np.int32)
     rest = (ones.astype(np.float32), ones, np.cumsum(ones, 1, np.int32) - 1)
@@ -90,7 +93,7 @@ def ours(folder: pathlib.Path, options: Options):
     def step(number: int) -> float:
         ids = tokens_of(number, options)
         batch = sharding.put(LMBatch(ids[:, :-1], ids[:, 1:], *rest), built.batch)
-        held["state"], metrics = built.train_step(held["state"], batch)
+        held["state"], metrics = train_step(held["state"], batch)
         jax.block_until_ready(held["state"])
         return float(metrics["loss"])
 

@@ -68,10 +68,12 @@ class QwenConfig:
     # How it is computed. None of these changes what the model is.
     dtype: str = "bfloat16"  # activations and matrix products
     param_dtype: str = "float32"  # parameters as stored
-    remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, everything
+    remat: str = "none"  # what the backward pass recomputes of layers ("dots": all but matrix products and attention)
     scan_layers: bool = True  # one compiled layer run num_hidden_layers times; False unrolls
     attention: str = "auto"  # back end of ops.attention
-    vocabulary_chunks: int = 8  # pieces in which the vocabulary is scored: more hold less memory
+    vocabulary_chunks: int = (
+        8  # pieces in which the vocabulary is scored: more hold less; remat "dots" keeps all of them
+    )
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -143,6 +143,11 @@ class Layout:
     mesh: Mesh | None = None
     rules: Rules = Rules()
 
+    @property
+    def alone(self) -> bool:
+        """Whether all is on one device."""
+        return self.mesh is None or self.mesh.size == 1
+
     def sharding(self, names: tuple[str | None, ...], shape: tuple[int, ...], what: str = "array") -> NamedSharding:
         """Returns where an array of this shape and these logical axes lives.
 

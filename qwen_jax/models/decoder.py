@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import checkpoint_policies as policies
 
 from qwen_jax.config import QwenConfig
 from qwen_jax.errors import InputError
@@ -17,6 +18,7 @@ from qwen_jax.models.layers import Linear, RMSNorm, declare
 from qwen_jax.models.mlp import MLP, MoE
 from qwen_jax.models.stacks import Stack, stacks
 from qwen_jax.ops import segments
+from qwen_jax.ops.attention import RESIDUALS
 from qwen_jax.ops.dropout import Dropout, drop
 from qwen_jax.ops.rope_scaling import Rotation, rotation
 from qwen_jax.ops.routing import Routing
@@ -24,8 +26,10 @@ from qwen_jax.sharding import Layout, constrain
 
 ONE_DEVICE = Layout()
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products, recompute the rest
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
+    "dots": policies.save_from_both_policies(  # keep matrix products and what attention gives, recompute the rest
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUALS)
+    ),
+    "full": policies.nothing_saveable,  # keep a layer's input only
 }
 
 
@@ -90,16 +94,16 @@ class Attention(nn.Module):
             backend=c.attention, layout=layout, stride=c.dual_chunk.stride, cached=cache is not None,
         )  # fmt: skip
         out_BTNH = constrain(out_BTNH, ("batch", "length", "heads", "head_dim"), layout)
-        out = Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, name="o")
+        out = Linear("BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), c, layout, name="o")
         return out(out_BTNH, dropout), cache
 
     def _qkv(self, x_BTD, dropout):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         bias = 2 if c.qkv_bias else 0
-        q = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, bias, name="q")
-        k = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="k")
-        v = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, bias, name="v")
+        q = Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), c, self.layout, bias, name="q")
+        k = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, self.layout, bias, name="k")
+        v = Linear("BTD,DKH->BTKH", (D, K, H), ("embed", "kv_heads", "head_dim"), c, self.layout, bias, name="v")
         return q(x_BTD, dropout), k(x_BTD, dropout), v(x_BTD, dropout)
 
     def _fused_qkv(self, x_BTD):
@@ -108,7 +112,7 @@ class Attention(nn.Module):
         D, K, H = c.hidden_size, c.num_key_value_heads, c.head_dim
         G, bias = c.num_attention_heads // K, 3 if c.qkv_bias else 0
         axes = ("embed", "kv_heads", None, "head_dim")
-        qkv_BTKJH = Linear("BTD,DKJH->BTKJH", (D, K, G + 2, H), axes, c, bias, name="qkv")(x_BTD)
+        qkv_BTKJH = Linear("BTD,DKJH->BTKJH", (D, K, G + 2, H), axes, c, self.layout, bias, name="qkv")(x_BTD)
         q_BTNH = qkv_BTKJH[..., :G, :].reshape(*x_BTD.shape[:2], K * G, H)
         return q_BTNH, qkv_BTKJH[..., G, :], qkv_BTKJH[..., G + 1, :]
 

@@ -11,6 +11,8 @@ from qwen_jax.config import QwenConfig
 from qwen_jax.ops import lora, quantisation
 from qwen_jax.ops.dropout import Dropout, drop_adapter
 from qwen_jax.ops.norm import rms_norm
+from qwen_jax.ops.products import product
+from qwen_jax.sharding import Layout
 
 
 def declare(module: nn.Module, name: str, init, shape, axes, config: QwenConfig) -> jax.Array:
@@ -30,6 +32,7 @@ class Linear(nn.Module):
       shape: of the kernel.
       axes: logical name of each kernel axis.
       config: dtypes and the standard deviation of the initial kernel.
+      layout: mesh and rules.
       bias_axes: how many trailing kernel axes a bias has; 0 for none.
     """
 
@@ -37,6 +40,7 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     config: QwenConfig
+    layout: Layout
     bias_axes: int = 0
 
     @nn.compact
@@ -50,7 +54,7 @@ class Linear(nn.Module):
             y = quantisation.product(self.spec, x, *stored)
         else:
             kernel = declare(self, "kernel", init, self.shape, self.axes, self.config).astype(dtype)
-            y = jnp.einsum(self.spec, x, kernel)
+            y = product(self.spec, x, kernel, joined=self.layout.alone)
         adapter = {
             name: self.get_variable("params", name) for name in lora.ADAPTER if self.has_variable("params", name)
         }

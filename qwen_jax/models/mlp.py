@@ -33,13 +33,15 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         c, D, F = self.config, self.config.hidden_size, self.width
         if self.fused:
-            both_BTJF = Linear("BTD,DJF->BTJF", (D, 2, F), ("embed", None, "mlp"), c, name="gate_up")(x_BTD)
+            both_BTJF = Linear("BTD,DJF->BTJF", (D, 2, F), ("embed", None, "mlp"), c, self.layout, name="gate_up")(
+                x_BTD
+            )
             gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
         else:
-            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="gate")(x_BTD, dropout)
-            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, name="up")(x_BTD, dropout)
+            gate_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, self.layout, name="gate")(x_BTD, dropout)
+            up_BTF = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), c, self.layout, name="up")(x_BTD, dropout)
         h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"), self.layout)
-        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, name="down")(h_BTF, dropout)
+        return Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), c, self.layout, name="down")(h_BTF, dropout)
 
 
 class MoE(nn.Module):
@@ -67,7 +69,7 @@ class MoE(nn.Module):
         if c.shared_expert_intermediate_size:
             width = c.shared_expert_intermediate_size
             shared_BTD = MLP(c, self.layout, self.fused, width, name="shared")(x_BTD, dropout)
-            gate_BT1 = Linear("BTD,DJ->BTJ", (D, 1), ("embed", None), c, name="shared_gate")(x_BTD)
+            gate_BT1 = Linear("BTD,DJ->BTJ", (D, 1), ("embed", None), c, self.layout, name="shared_gate")(x_BTD)
             out_BTD += jax.nn.sigmoid(gate_BT1) * shared_BTD
         return out_BTD, routing
 

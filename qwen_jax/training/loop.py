@@ -14,7 +14,7 @@ import numpy as np
 from qwen_jax import sharding
 from qwen_jax.batches import Loss
 from qwen_jax.errors import InputError
-from qwen_jax.training import hosts, preemption, samples
+from qwen_jax.training import heap, hosts, preemption, samples
 from qwen_jax.training.accounts import Accounts
 from qwen_jax.training.accounts import read as read_accounts
 from qwen_jax.training.checkpoint import Checkpoints
@@ -251,6 +251,7 @@ class _Run:
         self.progress.say(f"compiling {what}; nothing is printed meanwhile")
         begin = time.perf_counter()
         compiled = function.lower(first, batch, *self.program.frozen).compile()
+        heap.release()
         self.progress.say(f"compiled in {time.perf_counter() - begin:.1f} s")
         return compiled
 

@@ -74,6 +74,16 @@ def test_remat_full_keeps_less_than_none():
     assert temporary_bytes("full") < 0.5 * temporary_bytes("none")
 
 
+def test_remat_dots_runs_attention_once():
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)  # long enough for blocks, which are loops
+
+    def loops(remat):
+        loss = lambda params, ids: models.sequence_log_probs(tiny(remat=remat), params, ids).mean()
+        return jax.jit(jax.grad(loss)).lower(models.abstract(tiny()), ids).as_text().count("stablehlo.while")
+
+    assert loops("dots") == loops("none") < loops("full")
+
+
 @pytest.mark.parametrize("how", ["stacked", "fused and stacked", "fused and apart"])
 def test_cached_decoding_equals_the_full_forward(family, how):
     params, ids = perturbed(family), tokens(family, (2, 8))

@@ -38,14 +38,15 @@ def by_hand(hidden_BTD, head_VD, targets_BT, weights_BT):
 @settings(max_examples=10, deadline=None)
 @given(
     B=st.integers(1, 3), T=st.integers(1, 4), D=st.sampled_from([1, 5]), V=st.integers(1, 41), chunks=st.integers(1, 9),
-    parts=st.sampled_from([1, 2, 4]),
+    parts=st.sampled_from([1, 2, 4]), joined=st.booleans(), keep=st.booleans(),
 )  # fmt: skip
-def test_equal_to_log_softmax_for_any_vocabulary_and_chunking(B, T, D, V, chunks, parts):
+def test_equal_to_log_softmax_for_any_vocabulary_and_chunking(B, T, D, V, chunks, parts, joined, keep):
     hidden, head, targets, weights = inputs(B, T, D, V)
 
     @jax.jit
     def value_and_gradients(hidden, head, targets, weights):
-        chunked = lambda hidden, head: token_log_probs(hidden, head, targets, chunks=chunks, parts=parts)
+        how = dict(chunks=chunks, parts=parts, joined=joined, keep=keep)
+        chunked = lambda hidden, head: token_log_probs(hidden, head, targets, **how)
         value, pull = jax.vjp(chunked, hidden, head)
         return value, pull(weights)
 
@@ -75,6 +76,17 @@ def test_memory_is_that_of_one_chunk():
     assert temporary_bytes(plain) > logits
     # A chunk is an eighth; a few of its size are alive at once (logits, probabilities), nothing of the whole size.
     assert temporary_bytes(token_log_probs) < 0.6 * logits
+
+
+def test_kept_logits_save_a_product_of_four():
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 64, 32), (1024, 32))]
+    targets = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def products(keep):
+        loss = lambda hidden, head, targets: token_log_probs(hidden, head, targets, joined=True, keep=keep).sum()
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*structs, targets).as_text().count("dot_general")
+
+    assert (products(False), products(True)) == (4, 3)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
