@@ -144,9 +144,9 @@ class Layout:
     rules: Rules = Rules()
 
     @property
-    def alone(self) -> bool:
-        """Whether all is on one device."""
-        return self.mesh is None or self.mesh.size == 1
+    def one_cpu(self) -> bool:
+        """Whether all is on one CPU, or nobody has said where: products are then of matrices (`ops.products`)."""
+        return self.mesh is None or (self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu")
 
     def sharding(self, names: tuple[str | None, ...], shape: tuple[int, ...], what: str = "array") -> NamedSharding:
         """Returns where an array of this shape and these logical axes lives.

@@ -212,7 +212,7 @@ def log_probs_and_routing(
     hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, dropout, layout=layout)
     found_BT = token_log_probs(
         hidden_BTD, head(config, params, layout), targets, chunks=config.vocabulary_chunks, parts=layout.size("vocab"),
-        joined=layout.alone, keep=config.remat == "dots", rows=head_rows(config, params),
+        joined=layout.one_cpu, keep=config.remat == "dots", rows=head_rows(config, params),
     )  # fmt: skip
     return found_BT, routing
 

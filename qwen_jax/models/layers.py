@@ -54,7 +54,7 @@ class Linear(nn.Module):
             y = quantisation.product(self.spec, x, *stored)
         else:
             kernel = declare(self, "kernel", init, self.shape, self.axes, self.config).astype(dtype)
-            y = product(self.spec, x, kernel, joined=self.layout.alone)
+            y = product(self.spec, x, kernel, joined=self.layout.one_cpu)
         adapter = {
             name: self.get_variable("params", name) for name in lora.ADAPTER if self.has_variable("params", name)
         }

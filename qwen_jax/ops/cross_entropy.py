@@ -42,7 +42,7 @@ def token_log_probs(
       targets_BT: int32 ids, each in [0, V).
       chunks: into how many pieces each part of the vocabulary is cut.
       parts: into how many parts the mesh splits V; a chunk takes its share of each, so no part has to move.
-      joined: whether all is on one device, where XLA:CPU then copies less (`ops.products`).
+      joined: whether all is on one CPU, where XLA then copies less (`ops.products`).
       keep: whether the logits of all chunks wait for the backward pass, [B, T, V] float32: a fourth fewer products.
       rows: ids [n] and rows [n, D] that stand for those of the head, and are differentiated apart from it.
     """

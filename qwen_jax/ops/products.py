@@ -11,13 +11,13 @@ def product(spec: str, x: jax.Array, y: jax.Array, *, joined: bool, **how) -> ja
 
     XLA:CPU multiplies matrices; of more axes it makes matrices itself, after it has put the axes of the sum first by a
     copy of the whole array, in the gradients too. Axes that are joined beforehand cost nothing. On a mesh they stay
-    apart, because joined ones cannot be split one by one.
+    apart, because joined ones cannot be split one by one, and on a TPU, which gains nothing by it.
 
     Args:
       spec: as "BTD,DNH->BTNH": the axes of the sum are the last or the first ones of x and of y, and the result has the
         other ones of x and then those of y.
       x, y: the arrays.
-      joined: whether axes may be joined: all is on one device.
+      joined: whether axes are joined: all is on one CPU.
       how: of `jnp.einsum`.
     """
     if not joined:
