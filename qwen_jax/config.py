@@ -71,9 +71,7 @@ class QwenConfig:
     remat: str = "none"  # what the backward pass recomputes of layers ("dots": all but matrix products and attention)
     scan_layers: bool = True  # one compiled layer run num_hidden_layers times; False unrolls
     attention: str = "auto"  # back end of ops.attention
-    vocabulary_chunks: int = (
-        8  # pieces in which the vocabulary is scored: more hold less; remat "dots" keeps all of them
-    )
+    vocabulary_chunks: int = 8  # pieces in which the vocabulary is scored: more hold less memory
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -210,9 +210,10 @@ def log_probs_and_routing(
       log_probs_BT; `ops.routing.Routing` with arrays [layers with experts, B, ...], None of a dense model.
     """
     hidden_BTD, routing = _run(config, params, tokens, positions, segment_ids, prompt_lengths, dropout, layout=layout)
+    joined = layout.one_cpu  # there products are dear and memory is not: with "dots" the logits are kept, too
     found_BT = token_log_probs(
         hidden_BTD, head(config, params, layout), targets, chunks=config.vocabulary_chunks, parts=layout.size("vocab"),
-        joined=layout.one_cpu, keep=config.remat == "dots", rows=head_rows(config, params),
+        joined=joined, keep=joined and config.remat == "dots", rows=head_rows(config, params),
     )  # fmt: skip
     return found_BT, routing
 
