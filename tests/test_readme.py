@@ -20,19 +20,19 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE 
 CHECKPOINT = "path/to/Qwen3-0.6B"
 
 
-def run(mark: str, **replaced: str) -> dict:
-    """Runs the one block that has `mark` in it, with nothing in scope, and returns the names it leaves."""
+def run(mark: str, before: dict | None = None, **replaced: str) -> dict:
+    """Runs the one block that has `mark` in it, with only what a block `before` it has left, and returns the names."""
     [block] = [block for block in BLOCKS if mark in block]
     for old, new in replaced.items():
         block = block.replace(old, new)
-    names = {"__name__": "readme"}
+    names = {"__name__": "readme", **(before or {})}
     exec(compile(block, f"README.md ({mark})", "exec"), names)
     return names
 
 
 def test_every_block_is_run_here():
-    marks = ("hf.load", "small_long_warmup", "focal_loss")
-    assert [sum(mark in block for mark in marks) for block in BLOCKS] == [1, 1, 1]
+    marks = ("hf.load", "samples=8", "small_long_warmup", "focal_loss")
+    assert [sum(mark in block for mark in marks) for block in BLOCKS] == [1, 1, 1, 1]
 
 
 def test_the_model_in_use(tmp_path, capsys):
@@ -53,6 +53,8 @@ def test_the_model_in_use(tmp_path, capsys):
     assert isinstance(names["out"], rollout.Completions) and names["out"].tokens.shape == (1, 64)
     answer = np.asarray(names["out"].tokens)[0, : int(names["out"].lengths[0])].tolist()
     assert answer and capsys.readouterr().out == tok.decode(answer, skip_special=True) + "\n"
+    several = run("samples=8", before=names)
+    assert several["out"].tokens.shape == several["weight"].shape == (8, 64)
 
 
 def test_the_variation():
