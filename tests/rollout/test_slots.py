@@ -1,20 +1,23 @@
 """Continuous batching samples what the static batch samples, in as few steps as its rows allow, on any mesh."""
 
 import heapq
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from qwen_jax import rollout
+from qwen_jax import rollout, sharding
 from qwen_jax.errors import InputError
 from qwen_jax.rollout import generation
 from qwen_jax.rollout.slots import SlotEngine
 from qwen_jax.sharding import Layout
+from tests.conftest import MESHES
 from tests.rollout.test_generate import KEY, PARAMS, SMALL, answer, some_prompts
 
 PROMPTS = some_prompts(np.random.default_rng(7).integers(1, 21, 11))
 HOW = dict(max_new_tokens=14, stop_ids=range(5, 256, 20), temperature=0.9, first_row=5)
+ONE_DEVICE = Layout()
 FILTERS = dict(top_k=40, repetition_penalty=1.2, presence_penalty=0.1)  # what is said is known of each row
 
 
@@ -39,11 +42,19 @@ def test_any_mesh_samples_what_one_device_samples(mesh):
     same(answer(slots=8, layout=Layout(mesh, rollout.DECODE_RULES), **how), answer(**how))
 
 
-def begun(prompts, slots, samples=1, **how):
+def test_devices_of_a_split_batch_exchange_numbers_of_rows_and_no_caches():
+    layout = Layout(sharding.make_mesh(MESHES["fsdp8"]), rollout.DECODE_RULES)
+    request = begun(some_prompts([30] * 64), slots=16, layout=layout, max_new_tokens=60)
+    program = generation._run_slots.lower(*request).compile().as_text()
+    sizes = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", program)
+    assert sizes and max(np.prod([int(n) for n in size.split(",") if n]) for size in sizes) <= 2 * 16
+
+
+def begun(prompts, slots, layout=ONE_DEVICE, **how):
     """Returns a slot engine, weights and a request."""
     engine, *rest = generation._begin(
-        SMALL, PARAMS, prompts, KEY, samples=samples, slots=slots, stop_ids=(), num_tokens=None, first_row=0,
-        layout=Layout(), unroll=True, piece=64, **how,
+        SMALL, PARAMS, prompts, KEY, samples=1, slots=slots, stop_ids=(), num_tokens=None, first_row=0,
+        layout=layout, unroll=True, piece=64, **how,
     )  # fmt: skip
     return SlotEngine(engine, slots), *rest
 
