@@ -33,6 +33,7 @@ from qwen_jax.data import sources
 
 CONFIGS = {"quickstart": pretrain.small().model, "comparison": COMPARISON}
 KEY = jax.random.key(0)
+LONGEST = 512  # tokens of an answer; a few messages are pasted texts of thousands, more than the model reads
 
 
 def turns(count: int, context: int) -> tuple[list[list[int]], list[int]]:
@@ -51,8 +52,10 @@ def turns(count: int, context: int) -> tuple[list[list[int]], list[int]]:
         fitting = [(i, ids) for i in places if len(ids := render(i)) <= context]
         if fitting:
             place, ids = fitting[draw.integers(len(fitting))]
-            prompts.append(ids)
-            lengths.append(len(tok.encode(chat[place]["content"])) + 1)
+            length = len(tok.encode(chat[place]["content"])) + 1
+            if length <= LONGEST:
+                prompts.append(ids)
+                lengths.append(length)
     return prompts, lengths
 
 
