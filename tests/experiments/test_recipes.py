@@ -144,7 +144,7 @@ def test_a_q_lora_run_from_nothing_is_one_model_to_chat_and_to_export(tmp_path, 
     assert chat.main(["--checkpoint", str(tmp_path / "run"), "--prompt", "Hi", "--max-new-tokens", "2"]) is None
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model, params = hf.load(tmp_path / "out")
-    whole = models.init(smoke.model, jax.random.key(smoke.seed))
+    whole = models.init(smoke.model, jax.random.key(smoke.seed), mesh=sharding.make_mesh(smoke.mesh))
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "run" / "base")[1], whole)
     adapter = hf.load_adapter(tmp_path / "run" / "adapter", model)
     expected = adapter.merge(quantisation.dequantise_tree(models.lora.quantise(whole, smoke.lora)))
