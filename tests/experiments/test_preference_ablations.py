@@ -8,6 +8,8 @@ import pytest
 from experiments.ablations import alignment_tax, preference_pretraining
 from qwen_jax.training import metrics, workdir
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_the_tax_is_what_the_loss_on_chats_has_risen_by(tmp_path, monkeypatch):
     whole = alignment_tax.cases

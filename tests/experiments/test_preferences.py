@@ -28,6 +28,8 @@ ONE = Layout(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
 MODEL = tiny(num_hidden_layers=1)
 SCORER = MODEL.replace(head="score")
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 class Documents(list):
     lengths = property(lambda self: np.array([len(document.ids) for document in self]))

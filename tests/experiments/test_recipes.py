@@ -64,7 +64,7 @@ def test_smoke_trains_alike_on_every_mesh(alone, mesh, tmp_path):
     assert (tmp_path / "run" / "plots" / "loss.png").stat().st_size > 5000
 
 
-def test_quickstart_smoke_reaches_its_report(tmp_path, capsys):
+def test_quickstart_smoke_reaches_its_report(one_device, tmp_path, capsys):
     quickstart.run(quickstart.smoke(), tmp_path / "run", "smoke")
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| pretrain |" in text and "| sft |" in text and "| What is 3 plus 4? |" in text
@@ -137,7 +137,7 @@ def test_lora_trains_adapters_and_control_rows_beside_a_run_and_goes_on_after_a_
     assert "already at step 2 of 2" in capsys.readouterr().out
 
 
-def test_a_q_lora_run_from_nothing_is_one_model_to_chat_and_to_export(tmp_path, capsys):
+def test_a_q_lora_run_from_nothing_is_one_model_to_chat_and_to_export(tmp_path, capsys, one_device):
     """Adapters beside random parameters in four bits: what is read is what the codes stand for, with A·B added."""
     smoke = dataclasses.replace(sft.smoke(), lora=LoraConfig(rank=2, quantised="nf4"))
     sft.run(smoke, tmp_path / "run", "smoke")

@@ -25,10 +25,7 @@ SUMS = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Meshes are compared in tests/training/test_reinforce.py; collectives of 8 virtual devices cost most of a run."""
-    monkeypatch.setattr(sharding.jax, "devices", lambda: [jax.local_devices()[0]])
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_grpo_from_its_first_stage_goes_on_after_a_stop_to_the_bit(tmp_path, monkeypatch):
