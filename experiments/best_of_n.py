@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import dpo, pretrain
+from experiments import pretrain
 from qwen_jax import sharding, tokenizer
 from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import preferences, ratings
@@ -71,7 +71,7 @@ def run(config: Config, folder, recipe: str) -> list[dict]:
     layout = Layout(sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="best_of_n", recipe=recipe, recipes=RECIPES)
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, config.split))
-    params = dpo.base_params(config, layout)
+    params = policies.base_params(config, layout)
     scorer, reward = policies.load_reward(config.reward, config.model, layout, tok)
     asked = preferences.prompts(config.dataset, config.split, most=config.prompts)
     ids = [tokenizer.chat.render(messages, tok, generation=config.template, add_generation_prompt=True)[0]

@@ -153,13 +153,6 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> program.Program:
     return comparing.build(config, models.lora.trained(config.model, config.lora, layout), loss_fn, layout, *last)
 
 
-def base_params(config: Config, layout: Layout) -> dict:
-    """Returns the parameters of the base: what the policy begins as, and its reference."""
-    if config.base == "random":
-        return models.init(config.model, jax.random.key(config.seed), mesh=layout.mesh)
-    return pretrained.load_params(config.base, models.placed(config.model, layout))
-
-
 def run(config: Config, folder, recipe: str) -> None:
     """Trains to the end, or on from where the folder stands, and writes the report."""
     config = bases.with_rows(bases.from_base(config, Path(folder)), Path(folder))
@@ -168,7 +161,9 @@ def run(config: Config, folder, recipe: str) -> None:
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
     data = comparing.data(config, tok, label="dpo")
     key, layout = jax.random.key(config.seed), built.layout
-    base = functools.partial(base_params, config, layout)  # of a full run read anew each time: nothing holds it
+    base = functools.partial(
+        policies.base_params, config, layout
+    )  # of a full run read anew each time: nothing holds it
     frozen = (base(),) if config.lora.rank else ()
     bases.keep_random(folder, config, frozen)
     reference = (lambda: frozen[0]) if frozen else base
@@ -195,7 +190,7 @@ def first_state(config: Config, built: program.Program, key: jax.Array, frozen: 
     """Returns the state of step 0; with merging, it knows what fine-tuning had added to the pretrained model."""
     if config.lora.rank:
         return built.init(key, *frozen)
-    state = built.start(base_params(config, built.layout), key)
+    state = built.start(policies.base_params(config, built.layout), key)
     if config.merging.kind == "none":
         return state
     before = pretrained.load_params(config.merging.pretrained, built.state.params)

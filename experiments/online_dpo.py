@@ -146,7 +146,7 @@ def run(config: Config, folder, recipe: str) -> None:
     tok = bases.run_tokenizer(config, folder, texts=lambda: preferences.texts(config.dataset, "train"))
     held_out, layout = comparing.held_out(config, tok, label="online_dpo"), built.layout
     key = jax.random.key(config.seed)
-    reference = dpo.base_params(config, layout)
+    reference = policies.base_params(config, layout)
     frozen = (reference,) if config.lora.rank else ()
     bases.keep_random(folder, config, frozen)
     judge = policies.make_judge(config.judge, config.model, held_out, tok, layout, reference)

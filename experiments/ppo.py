@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import dpo, grpo, pretrain, reward_model
+from experiments import grpo, pretrain, reward_model
 from qwen_jax import config as configs
 from qwen_jax import models, objectives, sharding
 from qwen_jax.batches import LMBatch, Loss
@@ -26,7 +26,7 @@ from qwen_jax.config import LoraConfig, QwenConfig
 from qwen_jax.data import datasets, loader, ratings
 from qwen_jax.data.tokenising import Rendering
 from qwen_jax.errors import InputError
-from qwen_jax.eval import policies
+from qwen_jax.eval import policies, reinforcing
 from qwen_jax.eval.policies import JudgeConfig
 from qwen_jax.objectives import divergence, masked
 from qwen_jax.rewards import RewardConfig
@@ -114,7 +114,7 @@ def qwen_14b() -> Config:
         sampling=SamplingConfig(prompts=256, each=2, max_new_tokens=1024, top_p=0.9, slots=128),
         updates=UpdatesConfig(minibatches=4, microbatches=4, value_only=50, rewards="centred"),
         mixing=Mixing(coef=0.1, rows=512, length=2048),
-        judge=JudgeConfig(prompts=64, each=2, max_new_tokens=1024, every=50), doctor=grpo.IN_BFLOAT16,
+        judge=JudgeConfig(prompts=64, each=2, max_new_tokens=1024, every=50), doctor=reinforcing.IN_BFLOAT16,
     )  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def policy_loss(
 ) -> Loss:
     """The policy's objective in an update, its text's included."""
     lesson, text = batch
-    whole = grpo.whole_params(params, frozen, lora)
-    found_BT = grpo.log_probs(whole, lesson, model=model, layout=layout)
+    whole = reinforcing.whole_params(params, frozen, lora)
+    found_BT = reinforcing.log_probs(whole, lesson, model=model, layout=layout)
     mean, metrics = objectives.ppo.policy_loss(
         found_BT, lesson.old_log_probs, lesson.advantages, lesson.mask, clip=how.clip, dual_clip=how.dual_clip or None
     )
@@ -238,9 +238,9 @@ def value_loss(params, lesson: Lesson, key, *, scorer, layout, how: Clipped, lor
 
 def build(config: Config, mesh: jax.sharding.Mesh) -> reinforce.Reinforced:
     """Returns what a run of this config compiles on this mesh; touches no device."""
-    grpo.check(config)
+    reinforcing.check(config)
     layout, how, lora = Layout(mesh), config.clipped, config.lora
-    scorer = grpo.scorer_config(config)
+    scorer = reinforcing.scorer_config(config)
     if lora.rank and scorer is None:
         raise InputError(
             'the value model is adapters beside the reward model, and rewarded.terms does not have "model"; expected '
@@ -248,12 +248,12 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> reinforce.Reinforced:
         )
     critic = scorer or config.model.replace(head="score")
     frozen = {"reference": config.model} | ({"reward": scorer} if scorer else {})
-    rows = grpo.minibatch_rows(config)
+    rows = reinforcing.minibatch_rows(config)
     part = lessons.lesson_struct(rows, config.length, reference=True, value=True)
     loss_fn = functools.partial(
         policy_loss, model=config.model, layout=layout, how=how, mixing=config.mixing, lora=lora
     )
-    policy = grpo.policy_program(config, layout, loss_fn, part, frozen, text_rows(config, config.mixing.rows))
+    policy = reinforcing.policy_program(config, layout, loss_fn, part, frozen, text_rows(config, config.mixing.rows))
     trained = dict(init_params=lambda key, *frozen: models.init(critic, key), param_axes=models.axes(critic))
     if lora.rank:
         trained = dict(
@@ -264,9 +264,9 @@ def build(config: Config, mesh: jax.sharding.Mesh) -> reinforce.Reinforced:
         **trained,
         loss_fn=functools.partial(value_loss, scorer=critic, layout=layout, how=how, lora=lora),
         tx=optimizer.make(config.value_optimizer, config.loop.steps * config.updates.each_step),
-        batch=part, layout=layout, microbatches=config.updates.microbatches, frozen=grpo.frozen_structs(frozen),
+        batch=part, layout=layout, microbatches=config.updates.microbatches, frozen=reinforcing.frozen_structs(frozen),
     )  # fmt: skip
-    acting = grpo.roles(
+    acting = reinforcing.roles(
         config, scorer, layout, credit=functools.partial(credit, how=how), reference=True,
         value=functools.partial(values, scorer=critic, layout=layout, lora=lora),
         adapt=functools.partial(
@@ -309,7 +309,7 @@ def first_state(config: Config, built: reinforce.Reinforced, frozen: tuple, tok)
     else:
         headed = dataclasses.replace(config, model=config.model.replace(head="score"))
         critic = reward_model.base_params(headed, built.layout, key_value)
-    policy = built.start(dpo.base_params(config, built.layout), key_policy)
+    policy = built.start(policies.base_params(config, built.layout), key_policy)
     return built.begin(policy, built.value.start(critic, key_value))
 
 
@@ -318,14 +318,14 @@ def run(config: Config, folder, recipe: str) -> None:
     config = bases.with_rows(bases.from_base(config, Path(folder)), Path(folder))
     built = build(config, sharding.make_mesh(config.mesh))
     folder = workdir.prepare(folder, config, experiment="ppo", recipe=recipe, recipes=RECIPES)
-    tok = grpo.run_tokenizer(config, folder)
+    tok = reinforcing.run_tokenizer(config, folder)
     with contextlib.ExitStack() as stack:
         mixed = mixed_batches(config, built, tok)
         if mixed is not None:
             stack.callback(mixed.close)
         first = functools.partial(first_state, tok=tok)
         centred = config.clipped.whiten and not config.updates.truncate
-        grpo.learn(config, built, folder, first, tok, title=f"ppo {recipe}", centred=centred, mixed=mixed)
+        reinforcing.learn(config, built, folder, first, tok, title=f"ppo {recipe}", centred=centred, mixed=mixed)
 
 
 if __name__ == "__main__":

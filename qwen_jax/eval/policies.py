@@ -192,6 +192,13 @@ def sampler(judge: Judge, config: JudgeConfig, lora: LoraConfig, *, seed: int) -
     return sample
 
 
+def base_params(config, layout: Layout) -> dict:
+    """Returns the parameters of the base: what the policy begins as, and its reference."""
+    if config.base == "random":
+        return models.init(config.model, jax.random.key(config.seed), mesh=layout.mesh)
+    return pretrained.load_params(config.base, models.placed(config.model, layout))
+
+
 def load_reward(path: str, policy: QwenConfig, layout: Layout, tok: Tokenizer) -> tuple[QwenConfig, dict]:
     """Returns config and parameters of a reward model, computed in the policy's types; "random" is one nobody trained.
 

@@ -10,6 +10,7 @@ import pytest
 from experiments import grpo, ppo
 from qwen_jax import models, objectives, sharding
 from qwen_jax.batches import LMBatch, Rollout
+from qwen_jax.eval import reinforcing
 from qwen_jax.objectives import divergence
 from qwen_jax.training import lessons
 from qwen_jax.training.lessons import Experience, Moments, UpdatesConfig
@@ -51,7 +52,7 @@ def text(updates=CONFIG.updates.each_step) -> LMBatch:
 def begun(config, mesh):
     """The program, its frozen models and its first state."""
     built = ppo.build(config, mesh)
-    frozen = grpo.frozen_params(config, None, built, None)
+    frozen = reinforcing.frozen_params(config, None, built, None)
     return built, frozen, ppo.first_state(config, built, frozen, None)
 
 
